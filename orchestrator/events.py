@@ -1,0 +1,136 @@
+"""What workers and the supervisor tell, a line each in an attempt's events.jsonl.
+
+The first pipeline stage's rank 0 writes a file of its own, the supervisor another; readers merge.
+Times are Unix seconds, losses nats a token. FLOPs are forward and backward without recomputation,
+attention counted by its causal half; MFU is against `StartEvent.peak_tflops` a device.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from orchestrator.errors import OrchestrateError
+from orchestrator.files import read_json_lines
+
+FLOPS_CONVENTION = "causal_half"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StartEvent:
+    """The ranks stand and the state is loaded."""
+
+    kind: ClassVar[str] = "start"
+    time: float
+    step: int
+    """Steps done before; the next is step + 1."""
+    world_size: int
+    layout: str
+    device: str
+    loaded_from: str
+    """`random`, the base folder, or the checkpoint's name."""
+    parameters: int
+    flops_per_token: float
+    flops_convention: str
+    peak_tflops: float
+    peak_source: str
+    start_seconds: float
+    """From the worker's first line to here."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepEvent:
+    """One optimizer step."""
+
+    kind: ClassVar[str] = "step"
+    time: float
+    step: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    consumed_samples: int
+    consumed_tokens: int
+    step_seconds: float
+    data_seconds: float
+    """Part of the step that waited for data."""
+    tokens_per_second: float
+    tokens_per_second_per_gpu: float
+    tflops_per_gpu: float
+    mfu: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidationEvent:
+    """The loss on held-out data, with the weights after `step` steps."""
+
+    kind: ClassVar[str] = "validation"
+    time: float
+    step: int
+    loss: float
+    samples: int
+    consumed_tokens: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointWrittenEvent:
+    """All ranks have written and flushed their files; the supervisor may mark it as complete."""
+
+    kind: ClassVar[str] = "checkpoint_written"
+    time: float
+    step: int
+    name: str
+    consumed_samples: int
+    files: dict[str, dict[str, Any]]
+    """File name to `bytes` and `sha256`, each hashed by the rank that wrote it."""
+    seconds: float
+    """How long training stood still for it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointEvent:
+    """The supervisor has marked a checkpoint as complete: from here on it exists."""
+
+    kind: ClassVar[str] = "checkpoint"
+    time: float
+    step: int
+    name: str
+    bytes: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EndEvent:
+    """The workers leave in good order."""
+
+    kind: ClassVar[str] = "end"
+    time: float
+    step: int
+    reason: str
+    """`finished`, or the reason of the stop request."""
+
+
+Event = StartEvent | StepEvent | ValidationEvent | CheckpointWrittenEvent | CheckpointEvent | EndEvent
+
+_KINDS: dict[str, type[Any]] = {
+    kind.kind: kind
+    for kind in (StartEvent, StepEvent, ValidationEvent, CheckpointWrittenEvent, CheckpointEvent, EndEvent)
+}
+
+
+def event_record(event: Event) -> dict[str, Any]:
+    """Return an event as one JSON object, its kind first."""
+    return {"kind": event.kind, **dataclasses.asdict(event)}
+
+
+def read_events(path: Path, offset: int = 0) -> Iterator[tuple[int, Event]]:
+    """Yield (offset after the event, event) for every whole line of a file from `offset` on.
+
+    Raises:
+        OrchestrateError: a line in the middle is damaged or of an unknown kind.
+    """
+    for after, record in read_json_lines(path, offset):
+        try:
+            yield after, _KINDS[record.pop("kind")](**record)
+        except (KeyError, TypeError) as error:
+            raise OrchestrateError(f"{path} holds an unknown event before byte {after}: {error}") from error

@@ -1,0 +1,133 @@
+"""Writing that is whole or not there: atomic files, atomic folders, JSON lines, checksums.
+
+A file is written under a temporary name in its own folder, flushed to disk and renamed. A line of
+JSONL is appended by one write; a reader skips a torn last line and refuses a torn middle.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import OrchestrateError
+
+CHUNK_BYTES = 1 << 22
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a whole file, or leave what was there."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically, with sorted keys kept as given and a final newline."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        OrchestrateError: the file is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise OrchestrateError(f"{path} should hold JSON: {error}; restore it or remove it") from error
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        OrchestrateError: `path` exists already.
+    """
+    if path.exists():
+        raise OrchestrateError(f"output {path} exists already; name another or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for root, _, names in os.walk(temporary):
+            for name in names:
+                with (Path(root) / name).open("rb") as stream:
+                    os.fsync(stream.fileno())
+            sync_folder(Path(root))
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class JsonLines:
+    """Append records to a JSON-lines file; each record is one write of one whole line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def append(self, record: Mapping[str, object]) -> None:
+        """Write one record as one line."""
+        line = json.dumps(record, separators=(",", ":"), ensure_ascii=False, allow_nan=True) + "\n"
+        os.write(self._descriptor, line.encode())
+
+    def close(self) -> None:
+        """Flush to disk and close."""
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+
+
+def read_json_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (offset after the record, record) for every whole line from `offset` on.
+
+    A torn last line is left for the next reading.
+
+    Raises:
+        OrchestrateError: a line that is not the last is no JSON object; the message has its offset.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise OrchestrateError(f"{path} is damaged at byte {offset}: {error}") from error
+            offset += len(line)
+            yield offset, record

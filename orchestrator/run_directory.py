@@ -1,0 +1,246 @@
+"""The only place that knows the file names of a run.
+
+    RUNS/NAME/
+      config.yaml  plan.json  provenance.json  mlflow.json  cancel.json
+      code/                      what the workers import
+      attempts/0001/             job.json  events.jsonl  supervisor.jsonl  stop.json  outcome.json
+                                 rendezvous.json  failures/rank_0003.json  logs/rank_0003.log
+      checkpoints/step_0000020.attempt_0001/ ... complete.json, written last
+
+Each file has one writer: the launching command, the supervisor, or one rank. Standard library only.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import RunError
+from orchestrator.files import read_json, write_json
+from orchestrator.values import nearest
+
+PLAN = "plan.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttemptDirectory:
+    """One start of the ranks: its job, its events, how it ended."""
+
+    path: Path
+
+    @property
+    def number(self) -> int:
+        """Count from 1."""
+        return int(self.path.name)
+
+    @property
+    def job(self) -> Path:
+        """Scheduler, job id, supervisor's process and nodes; written by the supervisor at the start."""
+        return self.path / "job.json"
+
+    @property
+    def events(self) -> Path:
+        """Written by rank 0."""
+        return self.path / "events.jsonl"
+
+    @property
+    def supervisor_events(self) -> Path:
+        """Written by the supervisor."""
+        return self.path / "supervisor.jsonl"
+
+    @property
+    def stop_request(self) -> Path:
+        """Written by the supervisor; rank 0 looks for it before each step."""
+        return self.path / "stop.json"
+
+    @property
+    def outcome(self) -> Path:
+        """Cause of end, written last by the supervisor."""
+        return self.path / "outcome.json"
+
+    @property
+    def rendezvous(self) -> Path:
+        """Where rank 0 listens, written by rank 0."""
+        return self.path / "rendezvous.json"
+
+    @property
+    def failures(self) -> Path:
+        """A file for each rank that failed, written by that rank."""
+        return self.path / "failures"
+
+    @property
+    def logs(self) -> Path:
+        """Output of the ranks and of the supervisor."""
+        return self.path / "logs"
+
+    def rank_log(self, rank: int) -> Path:
+        """Standard output and error of one rank."""
+        return self.logs / f"rank_{rank:04d}.log"
+
+    def rank_failure(self, rank: int) -> Path:
+        """What one rank says of its failure."""
+        return self.failures / f"rank_{rank:04d}.json"
+
+    def read_outcome(self) -> dict[str, Any] | None:
+        """Return the outcome, or None while there is none."""
+        return read_json(self.outcome) if self.outcome.exists() else None
+
+    def read_job(self) -> dict[str, Any] | None:
+        """Return the job's record, or None before the supervisor wrote it."""
+        return read_json(self.job) if self.job.exists() else None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """A run's folder."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        """Resolved settings, for people."""
+        return self.path / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The frozen plan with the settings, read by supervisor and workers."""
+        return self.path / PLAN
+
+    @property
+    def provenance(self) -> Path:
+        """Command, code state and package versions of the launch."""
+        return self.path / "provenance.json"
+
+    @property
+    def submissions(self) -> Path:
+        """A line for every job submitted: time, scheduler, job id."""
+        return self.path / "submissions.jsonl"
+
+    @property
+    def mlflow(self) -> Path:
+        """MLflow's run id and how far its events were shipped; written by the shipper."""
+        return self.path / "mlflow.json"
+
+    @property
+    def code(self) -> Path:
+        """Snapshot of the packages that the workers import."""
+        return self.path / "code"
+
+    @property
+    def cancel_mark(self) -> Path:
+        """Left by `orchestrate cancel` before it tells the scheduler."""
+        return self.path / "cancel.json"
+
+    @property
+    def attempts_folder(self) -> Path:
+        """Folder of the attempts."""
+        return self.path / "attempts"
+
+    @property
+    def checkpoints_folder(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def jobs(self) -> Path:
+        """Submitit's own folder: scripts and the output of the supervisor's process."""
+        return self.path / "jobs"
+
+    @property
+    def data_index(self) -> Path:
+        """Cache of megatron's sample index."""
+        return self.path / "data_index"
+
+    def attempts(self) -> list[AttemptDirectory]:
+        """Return the attempts in their order."""
+        if not self.attempts_folder.exists():
+            return []
+        return [AttemptDirectory(p) for p in sorted(self.attempts_folder.iterdir()) if p.name.isdigit()]
+
+    def attempt(self, number: int) -> AttemptDirectory:
+        """Return an attempt's folder, whether or not it is there."""
+        return AttemptDirectory(self.attempts_folder / f"{number:04d}")
+
+    def new_attempt(self) -> AttemptDirectory:
+        """Make the next attempt's folder; of two callers one gets it and the other fails."""
+        last = self.attempts()
+        attempt = self.attempt(last[-1].number + 1 if last else 1)
+        attempt.path.mkdir(parents=True)
+        attempt.failures.mkdir()
+        attempt.logs.mkdir()
+        return attempt
+
+    def read_plan(self) -> dict[str, Any]:
+        """Return plan.json."""
+        plan: dict[str, Any] = read_json(self.plan)
+        return plan
+
+    def checkpoint_path(self, name: str) -> Path:
+        """Return the folder of a checkpoint by its name."""
+        return self.checkpoints_folder / name
+
+    def write_cancel_mark(self) -> None:
+        """Say that a person wants the run to end."""
+        write_json(self.cancel_mark, {"time": time.time()})
+
+
+def create_run(runs: Path, name: str) -> RunDirectory:
+    """Make a new run's folder.
+
+    Raises:
+        RunError: the name is taken.
+    """
+    run = RunDirectory(runs / name)
+    runs.mkdir(parents=True, exist_ok=True)
+    try:
+        run.path.mkdir()
+    except FileExistsError:
+        raise RunError(
+            f"run {name!r} exists already in {runs}; choose another with name=..., or go on with "
+            f"`orchestrate resume {name}`"
+        ) from None
+    run.attempts_folder.mkdir()
+    run.checkpoints_folder.mkdir()
+    run.jobs.mkdir()
+    return run
+
+
+def discard_run(run: RunDirectory) -> None:
+    """Remove a run's folder that never came to be submitted."""
+    shutil.rmtree(run.path)
+
+
+def list_runs(runs: Path) -> Iterator[RunDirectory]:
+    """Yield the runs of a folder, the newest first."""
+    found = [path for path in runs.iterdir() if (path / PLAN).exists()] if runs.exists() else []
+    yield from map(RunDirectory, sorted(found, key=lambda path: (path / PLAN).stat().st_mtime, reverse=True))
+
+
+def find_run(reference: str, runs: Path) -> RunDirectory:
+    """Return a run by name, unique prefix, path, or `last` for the newest.
+
+    Raises:
+        RunError: there is none, or several begin so.
+    """
+    if (Path(reference).expanduser() / PLAN).exists():
+        return RunDirectory(Path(reference).expanduser().absolute())
+    if (runs / reference / PLAN).exists():
+        return RunDirectory(runs / reference)
+    known = list(list_runs(runs))
+    if reference == "last" and known:
+        return known[0]
+    matching = [run for run in known if run.name.startswith(reference)]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        raise RunError(f"{reference!r} fits several runs: {', '.join(run.name for run in matching[:5])}; write more of it")
+    if not known:
+        raise RunError(f"no run named {reference!r}: {runs} holds none; start one with `orchestrate launch`")
+    raise RunError(f"no run named {reference!r} in {runs}; {nearest(reference, [run.name for run in known])}")
