@@ -81,6 +81,7 @@ class CheckpointWrittenEvent:
     step: int
     name: str
     consumed_samples: int
+    data_fingerprint: str
     files: dict[str, dict[str, Any]]
     """File name to `bytes` and `sha256`, each hashed by the rank that wrote it."""
     seconds: float

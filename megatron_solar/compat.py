@@ -1,0 +1,434 @@
+"""Every call into megatron-core, written for 0.16.1. Nothing else imports megatron.
+
+On CUDA the layers are Transformer Engine's where it is installed, otherwise megatron's own; on the
+CPU megatron's own with the RMSNorm below, since torch's wrapper refuses sequence parallelism.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import logging
+import queue
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from orchestrator.layout import ParallelLayout
+from orchestrator.model_shape import TransformerShape
+from orchestrator.settings import TrainingSettings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # missing optional kernels and deprecations of torch, 20 lines a rank
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.megatron_tokenizer import MegatronLegacyTokenizer
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+# megatron logs its own start-up at INFO and WARNING from every rank; errors are what a log needs.
+logging.getLogger("megatron").setLevel(logging.ERROR)
+
+OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+NON_HOMOGENEOUS = {"non_homogeneous_layers": True}
+"""A key for each layer, so that a reader needs one layer in memory at a time."""
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm with the statistics in fp32, as Hugging Face's Llama computes it."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # With sequence parallelism each rank sees its part of the tokens; megatron then sums these gradients.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        """Return the normalized and scaled input, in its own type."""
+        wide = x_SBH.float()
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(x_SBH.dtype)
+
+
+def initialize_parallel(layout: ParallelLayout, seed: int) -> None:
+    """Build the process groups of a layout; torch.distributed is initialized already."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_pipeline_parallel if layout.virtual_pipeline_parallel > 1 else None
+        ),
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def tensor_rank() -> int:
+    """This rank's place on the tensor-parallel axis."""
+    return int(parallel_state.get_tensor_model_parallel_rank())
+
+
+def data_rank() -> int:
+    """This rank's place on the data-parallel axis."""
+    return int(parallel_state.get_data_parallel_rank())
+
+
+def is_last_stage() -> bool:
+    """Whether this rank holds the output layer."""
+    return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine's layers can be used."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def transformer_config(
+    shape: TransformerShape, layout: ParallelLayout, training: TrainingSettings, device: str
+) -> TransformerConfig:
+    """Return megatron's configuration of a shape on a layout."""
+    dtype = _DTYPES[training.precision]
+    on_cpu = device == "cpu"
+    interleaved = layout.virtual_pipeline_parallel > 1
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_size,
+        layernorm_epsilon=shape.rms_norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=training.precision == "bf16",
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_parallel if interleaved else None,
+        sequence_parallel=layout.sequence_parallel and layout.tensor_parallel > 1,
+        use_cpu_initialization=on_cpu,
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=interleaved,
+        # Kernels that exist for CUDA only.
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=not on_cpu,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        cross_entropy_loss_fusion=False,
+    )
+
+
+def build_chunk(
+    shape: TransformerShape, config: TransformerConfig, sequence_length: int, device: str, virtual_stage: int | None
+) -> GPTModel:
+    """Build the part of the model that this rank holds as one pipeline chunk."""
+    if device == "cuda" and has_transformer_engine():
+        spec: Any = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+        layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
+        # Passed explicitly: with any package named apex megatron picks a norm that refuses RMSNorm.
+        spec = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=shape.vocab_size,
+        max_sequence_length=sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
+        share_embeddings_and_output_weights=shape.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(shape.rope_theta),
+        vp_stage=virtual_stage,
+    )
+
+
+def layer_offset(config: TransformerConfig, virtual_stage: int | None) -> int:
+    """Return the model's index of the first layer of a chunk."""
+    return int(get_transformer_layer_offset(config, vp_stage=virtual_stage))
+
+
+def wrap_data_parallel(config: TransformerConfig, chunk: GPTModel, is_first: bool) -> DistributedDataParallel:
+    """Wrap a chunk for gradient reduction with the distributed optimizer."""
+    wrapped = DistributedDataParallel(
+        config=config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
+        ),
+        module=chunk,
+        disable_bucketing=not is_first,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def build_optimizer(training: TrainingSettings, chunks: Sequence[DistributedDataParallel]) -> Any:
+    """Build the distributed Adam over a rank's chunks, its state filled with zeros."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.optim.swa_utils of megatron's import
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=training.learning_rate,
+                weight_decay=training.weight_decay,
+                adam_beta1=training.adam_beta1,
+                adam_beta2=training.adam_beta2,
+                adam_eps=training.adam_eps,
+                clip_grad=training.gradient_clip,
+                bf16=training.precision == "bf16",
+                params_dtype=_DTYPES[training.precision],
+                use_distributed_optimizer=True,
+            ),
+            list(chunks),
+        )
+    for inner in _torch_adams(optimizer):
+        _prefill(inner)
+    return optimizer
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float, weight_decay: float) -> None:
+    """Set this step's rate; norms carry no weight decay, as megatron's groups say."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def run_schedule(
+    forward_step: Callable[..., Any],
+    chunks: Sequence[Any],
+    batches: Sequence[Sequence[dict[str, Tensor]]],
+    layout: ParallelLayout,
+    sequence_length: int,
+    *,
+    forward_only: bool = False,
+) -> list[Tensor]:
+    """Run megatron's schedule (none, plain pipeline or interleaved) over a step's micro-batches.
+
+    Returns:
+        the loss of each micro-batch on the last stage, an empty list elsewhere.
+    """
+    iterators: list[Iterator[dict[str, Tensor]]] = [cast(Any, iter(batches)) for _ in chunks]
+    results: list[Tensor] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=sequence_length,
+        micro_batch_size=layout.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return results
+
+
+class _Ids(MegatronLegacyTokenizer):
+    """What GPTDataset wants to know of a tokenizer: its identity and its end of document."""
+
+    def __init__(self, fingerprint: str, vocab_size: int, end_of_document: int) -> None:
+        super().__init__(fingerprint)
+        self._size = vocab_size
+        self._end = end_of_document
+
+    def tokenize(self, text: str) -> Any:
+        raise TypeError("the training loop reads token ids only")
+
+    @property
+    def vocab(self) -> Any:
+        raise TypeError("the training loop reads token ids only")
+
+    @property
+    def inv_vocab(self) -> Any:
+        raise TypeError("the training loop reads token ids only")
+
+    @property
+    def vocab_size(self) -> int:
+        return self._size
+
+    @property
+    def eod(self) -> int:
+        return self._end
+
+    @property
+    def pad(self) -> int:
+        return -1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlendSource:
+    """Shards of one split with their weights; no weights means in proportion to their size."""
+
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...] | None
+    samples: int | None
+
+
+def build_datasets(
+    train: BlendSource,
+    validation: BlendSource | None,
+    *,
+    sequence_length: int,
+    seed: int,
+    tokenizer_fingerprint: str,
+    vocab_size: int,
+    end_of_document: int,
+    cache: Path,
+) -> tuple[Any, Any]:
+    """Build megatron's GPTDataset over the shards of each split; rank 0 writes the index cache.
+
+    Returns:
+        (training, validation or None); an item has int64 `tokens` and `labels` of sequence_length.
+    """
+
+    def blend(source: BlendSource | None) -> Any:
+        return None if source is None else (list(source.prefixes), list(source.weights) if source.weights else None)
+
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=sequence_length,
+        blend_per_split=[blend(train), blend(validation), None],
+        path_to_cache=str(cache),
+        tokenizer=_Ids(tokenizer_fingerprint, vocab_size, end_of_document),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    sizes = [train.samples, validation.samples if validation else None, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    return built[0], built[1]
+
+
+def save_state(state: dict[str, Any], folder: Path) -> None:
+    """Write a sharded state in torch_dist format, each rank its part, flushed to disk; collective."""
+    # The synchronous save writes in this process: no helper processes that import torch again or
+    # outlive a killed rank, and no Manager.
+    writer = filesystem_async.FileSystemWriterAsync
+    filesystem_async._results_queue = queue.Queue()
+    writer.write_preloaded_data_multiproc = staticmethod(_write_in_process)
+    with _quiet():
+        dist_checkpointing.save(state, str(folder), content_metadata={**OPTIMIZER_SHARDING, **NON_HOMOGENEOUS})
+
+
+def load_state(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Read what `wanted` describes from a torch_dist folder; collective.
+
+    Raises:
+        megatron's CheckpointingException: a tensor is missing or of another shape.
+    """
+    with _quiet():
+        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder), strict="raise_unexpected")
+    return loaded
+
+
+def sharded_model_state(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
+    """Describe a rank's weights as shards of the whole model, a key for each chunk."""
+    return {
+        f"model{index}" if len(chunks) > 1 else "model": chunk.module.sharded_state_dict(metadata=dict(NON_HOMOGENEOUS))
+        for index, chunk in enumerate(chunks)
+    }
+
+
+def sharded_optimizer_state(optimizer: Any, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    """Describe a rank's optimizer state in terms of the model's tensors, so that any layout can read it."""
+    state: dict[str, Any] = optimizer.sharded_state_dict(
+        model_state, is_loading=is_loading, metadata={**OPTIMIZER_SHARDING, **NON_HOMOGENEOUS}
+    )
+    return state
+
+
+def restore_optimizer(optimizer: Any, state: dict[str, Any], step: int) -> None:
+    """Put a loaded state into the optimizer.
+
+    megatron 0.16.1 drops Adam's `step` of this format or shares one tensor between all parameters,
+    so it is set from the checkpoint's own step afterwards.
+    """
+    with torch.no_grad():
+        optimizer.load_state_dict(state)
+    for inner in _torch_adams(optimizer):
+        for values in inner.state.values():
+            values["step"] = torch.tensor(float(step))
+
+
+def _torch_adams(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            yield part.optimizer
+
+
+def _prefill(adam: torch.optim.Optimizer) -> None:
+    """Give torch's Adam its state before the first step, since megatron cannot save or load it empty."""
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                adam.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _write_in_process(
+    transforms: Any, use_msc: bool, rank: int, write_buckets: Sequence[Any], results_queue: "queue.Queue[Any]"
+) -> None:
+    results: "queue.Queue[Any]" = queue.Queue()
+    counts: "queue.Queue[Any]" = queue.Queue()
+    written: dict[int, Any] = {}
+    outcome: Any = written
+    for index, bucket in enumerate(write_buckets):
+        counts.put(index)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, index, bucket, results, counts, use_fsync=True
+        )
+        number, result = results.get()
+        if isinstance(result, Exception):
+            outcome = result
+            break
+        written[number] = result
+    results_queue.put(outcome)
+
+
+@functools.cache
+def _library_loggers() -> tuple[logging.Logger, ...]:
+    return tuple(logging.getLogger(name) for name in ("torch.distributed.checkpoint", "megatron"))
+
+
+class _quiet(warnings.catch_warnings):  # noqa: N801
+    """Keep the deprecation warnings of torch's and megatron's checkpoint code out of the ranks' logs."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        warnings.simplefilter("ignore")
+        for logger in _library_loggers():
+            logger.setLevel(logging.ERROR)
+        return entered

@@ -1,0 +1,370 @@
+"""The training loop: from a plan to trained weights, readable top to bottom.
+
+A step: read micro-batches by sample number, run megatron's schedule, let all ranks agree on loss and
+stop request in one small all-reduce, step the optimizer, tell. Saving happens at a step boundary on
+which all ranks agree, never in a signal handler. A loss that is not finite ends the run before the
+optimizer has seen it.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from megatron_solar import checkpoint, compat
+from megatron_solar.data import Samples, open_samples
+from megatron_solar.model_folder import ModelFolder
+from megatron_solar.weights import RandomWeights, WeightSource, canonical_key, rank_part, read_canonical
+from orchestrator.checkpoints import checkpoint_name, choose_checkpoint, complete_checkpoints
+from orchestrator.errors import CheckpointError, ModelFolderError
+from orchestrator.events import (
+    FLOPS_CONVENTION,
+    CheckpointWrittenEvent,
+    EndEvent,
+    Event,
+    StartEvent,
+    StepEvent,
+    ValidationEvent,
+    event_record,
+)
+from orchestrator.files import JsonLines, read_json
+from orchestrator.plan import TrainingPlan
+from orchestrator.run_directory import AttemptDirectory, RunDirectory
+from orchestrator.schedule import learning_rate
+from orchestrator.settings import RANDOM_BASE
+
+STOP_REASONS = ("time_limit", "preempted", "cancelled", "stopped")
+"""What the supervisor may ask for; all ranks learn the same one."""
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss or the gradient norm is NaN or infinite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replica:
+    """What a rank holds: its chunks of the model and its part of the optimizer."""
+
+    chunks: Sequence[Any]
+    optimizer: Any
+    peak_tflops: float
+    peak_source: str
+
+
+def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, worker_started: float) -> str:
+    """Train from the newest checkpoint, or from the base, until the plan is done or a stop is asked for.
+
+    Collective over all ranks of the layout; torch.distributed is initialized already.
+
+    Returns:
+        `finished`, or the reason of the stop request; the state is saved in either case.
+    """
+    settings, layout = plan.settings, plan.layout
+    device = settings.cluster.device
+    compat.initialize_parallel(layout, settings.training.seed)
+    tell = EventWriter(attempt)
+    replica, loaded_from, step = build_or_load(run, plan)
+    samples = open_samples(
+        settings.data,
+        settings.model,
+        seed=settings.training.seed,
+        training_samples=plan.total_steps * layout.global_batch_size,
+        validation_samples=_validation_passes(plan) * layout.micro_batch_size * layout.data_parallel,
+        cache=run.data_index,
+    )
+    if step > 0:
+        found = choose_checkpoint(run, step).data_fingerprint
+        if found != samples.fingerprint:
+            raise CheckpointError(
+                f"checkpoint of step {step} was trained on data {found[:12]}, the data sets are now "
+                f"{samples.fingerprint[:12]}; put the data sets back as they were"
+            )
+    tell(
+        StartEvent(
+            time=time.time(),
+            step=step,
+            world_size=layout.world_size,
+            layout=layout.describe(),
+            device=device,
+            loaded_from=loaded_from,
+            parameters=plan.parameters,
+            flops_per_token=plan.flops_per_token,
+            flops_convention=FLOPS_CONVENTION,
+            peak_tflops=replica.peak_tflops,
+            peak_source=replica.peak_source,
+            start_seconds=time.time() - worker_started,
+        )
+    )
+    save = functools.partial(_save, run, attempt, plan, replica, samples, tell)
+    validate = functools.partial(_validate, plan, replica, samples, tell)
+    if step == 0:
+        if not complete_checkpoints(run):
+            save(step)
+        validate(step)
+
+    saved_at = step
+    stop_reason = ""
+    while step < plan.total_steps and not stop_reason:
+        step_started = time.monotonic()
+        batches = samples.micro_batches(
+            samples.train, step * layout.global_batch_size, layout, layout.num_microbatches, device
+        )
+        data_seconds = time.monotonic() - step_started
+        for chunk in replica.chunks:
+            chunk.zero_grad_buffer()
+        replica.optimizer.zero_grad()
+        losses = compat.run_schedule(
+            _forward_step, replica.chunks, batches, layout, settings.data.sequence_length
+        )
+        loss, stop_reason = _agree(losses, plan, attempt)
+        if not math.isfinite(loss):
+            raise NotFiniteError(f"the loss of step {step + 1} is {loss}; the weights are those of step {step}")
+
+        rate = learning_rate(settings.training, step + 1, plan.total_steps)
+        compat.set_learning_rate(replica.optimizer, rate, settings.training.weight_decay)
+        _, gradient_norm, _ = replica.optimizer.step()
+        step += 1
+        tell(_step_event(plan, replica, step, loss, float(gradient_norm), rate, step_started, data_seconds))
+
+        if step == plan.total_steps or step % settings.training.validation_interval_steps == 0:
+            validate(step)
+        if step == plan.total_steps or stop_reason or step % settings.checkpoint.interval_steps == 0:
+            save(step)
+    reason = "finished" if step == plan.total_steps else stop_reason
+    tell(EndEvent(time=time.time(), step=step, reason=reason))
+    return reason
+
+
+class EventWriter:
+    """Append events to the attempt's file; only rank 0 writes."""
+
+    def __init__(self, attempt: AttemptDirectory) -> None:
+        self._lines = JsonLines(attempt.events) if torch.distributed.get_rank() == 0 else None
+
+    def __call__(self, event: Event) -> None:
+        """Write one event as one line."""
+        if self._lines is not None:
+            self._lines.append(event_record(event))
+
+
+def build_or_load(run: RunDirectory, plan: TrainingPlan) -> tuple[Replica, str, int]:
+    """Build this rank's part of the model and fill it from the newest checkpoint or from the base.
+
+    Returns:
+        the replica, where its weights came from, the steps done.
+    """
+    existing = complete_checkpoints(run)
+    source = None if existing else weight_source(plan)
+    replica = build_replica(plan, source)
+    if not existing:
+        return replica, plan.settings.base, 0
+    newest = existing[-1]
+    step = checkpoint.load(newest, replica.chunks, replica.optimizer)
+    return replica, newest.name, step
+
+
+def weight_source(plan: TrainingPlan) -> WeightSource:
+    """Return the base named in the settings: new weights only where `random` was asked for.
+
+    Raises:
+        ModelFolderError: the folder is no model, or of another shape than the settings.
+    """
+    settings = plan.settings
+    if settings.base == RANDOM_BASE:
+        return RandomWeights(settings.model, settings.training.seed)
+    folder = ModelFolder.open(Path(settings.base))
+    differing = [
+        f"{field.name}: the base has {getattr(folder.shape, field.name)}, the settings {getattr(settings.model, field.name)}"
+        for field in dataclasses.fields(settings.model)
+        if field.name != "max_position_embeddings"
+        and getattr(folder.shape, field.name) != getattr(settings.model, field.name)
+    ]
+    if differing:
+        raise ModelFolderError(f"base {settings.base} is not of the shape in the settings:", differing)
+    return folder
+
+
+def build_replica(plan: TrainingPlan, source: WeightSource | None) -> Replica:
+    """Build this rank's chunks and optimizer; without a source the weights wait for a checkpoint."""
+    settings, layout = plan.settings, plan.layout
+    device = settings.cluster.device
+    config = compat.transformer_config(settings.model, layout, settings.training, device)
+    stages = range(layout.virtual_pipeline_parallel) if layout.virtual_pipeline_parallel > 1 else [None]
+    chunks = []
+    for index, stage in enumerate(stages):
+        chunk = compat.build_chunk(settings.model, config, settings.data.sequence_length, device, stage)
+        if device == "cuda":
+            chunk.cuda(torch.cuda.current_device())
+        if source is not None:
+            fill(chunk, source, compat.layer_offset(config, stage), layout.tensor_parallel)
+        if settings.training.precision == "bf16":
+            chunk.bfloat16()
+        chunks.append(compat.wrap_data_parallel(config, chunk, index == 0))
+    optimizer = compat.build_optimizer(settings.training, chunks)
+    config.grad_scale_func = optimizer.scale_loss
+    peak = settings.cluster.peak_tflops
+    return Replica(
+        chunks=chunks,
+        optimizer=optimizer,
+        peak_tflops=peak if peak is not None else measured_peak_tflops(device),
+        peak_source=f"{settings.cluster.gpu} dense bf16" if peak is not None else "a measured fp32 matrix product",
+    )
+
+
+def fill(chunk: torch.nn.Module, source: WeightSource, layer_offset: int, tensor_parallel: int) -> None:
+    """Set every parameter of a chunk from a source, this tensor-parallel rank's part of each.
+
+    Raises:
+        ModelFolderError: a tensor of another shape than the parameter.
+    """
+    for name, parameter in chunk.named_parameters():
+        key = canonical_key(name, layer_offset)
+        part = rank_part(key, read_canonical(key, source), compat.tensor_rank(), tensor_parallel)
+        if part.shape != parameter.shape:
+            raise ModelFolderError(f"{key} should be {tuple(parameter.shape)} on this rank, found {tuple(part.shape)}")
+        with torch.no_grad():
+            parameter.copy_(part)
+
+
+def measured_peak_tflops(device: str) -> float:
+    """Return the best of five fp32 products of 512 x 512 matrices on this device, in TFLOP/s."""
+    size = 512
+    matrix = torch.ones(size, size, device=device)
+    best = math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(matrix, matrix)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best / 1e12
+
+
+def _forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:
+    """Run one micro-batch through a chunk, as megatron's schedules call it."""
+    batch = next(batches)
+    losses_BS = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+
+    def loss_function(output_BS: Tensor) -> tuple[Tensor, Tensor]:
+        # With pipelines megatron divides the first in place; the second is for the record.
+        loss = output_BS.float().mean()
+        return loss, loss.detach().clone()
+
+    return losses_BS, loss_function
+
+
+def _agree(losses: Sequence[Tensor], plan: TrainingPlan, attempt: AttemptDirectory) -> tuple[float, str]:
+    """Return the mean loss over the global batch and the stop request, the same on every rank."""
+    layout = plan.layout
+    mine = torch.zeros(2, dtype=torch.float64)
+    if compat.is_last_stage() and compat.tensor_rank() == 0:
+        mine[0] = torch.stack(list(losses)).double().mean() / layout.data_parallel
+    reason = ""
+    if torch.distributed.get_rank() == 0 and attempt.stop_request.exists():
+        reason = str(read_json(attempt.stop_request)["reason"])
+        mine[1] = STOP_REASONS.index(reason) + 1
+    mine = mine.to(plan.settings.cluster.device)
+    torch.distributed.all_reduce(mine)
+    number = int(mine[1])
+    return float(mine[0]), STOP_REASONS[number - 1] if number else ""
+
+
+def _validation_passes(plan: TrainingPlan) -> int:
+    """Return the micro-batches a data-parallel rank reads in one validation; pipelines need whole rounds."""
+    layout = plan.layout
+    passes = -(-plan.settings.training.validation_samples // (layout.micro_batch_size * layout.data_parallel))
+    rounds = layout.pipeline_parallel if layout.virtual_pipeline_parallel > 1 else 1
+    return -(-passes // rounds) * rounds
+
+
+def _validate(plan: TrainingPlan, replica: Replica, samples: Samples, tell: EventWriter, step: int) -> None:
+    """Tell the loss on the first held-out samples, always the same ones."""
+    if samples.validation is None:
+        return
+    started = time.monotonic()
+    layout, passes = plan.layout, _validation_passes(plan)
+    for chunk in replica.chunks:
+        chunk.eval()
+    batches = samples.micro_batches(samples.validation, 0, layout, passes, plan.settings.cluster.device)
+    with torch.no_grad():
+        losses = compat.run_schedule(
+            _forward_step, replica.chunks, batches, layout, plan.settings.data.sequence_length, forward_only=True
+        )
+    for chunk in replica.chunks:
+        chunk.train()
+    mine = torch.zeros(1, dtype=torch.float64)
+    if compat.is_last_stage() and compat.tensor_rank() == 0:
+        mine[0] = torch.stack(list(losses)).double().mean() / layout.data_parallel
+    mine = mine.to(plan.settings.cluster.device)
+    torch.distributed.all_reduce(mine)
+    tell(
+        ValidationEvent(
+            time=time.time(),
+            step=step,
+            loss=float(mine[0]),
+            samples=passes * layout.micro_batch_size * layout.data_parallel,
+            consumed_tokens=step * plan.tokens_per_step,
+            seconds=time.monotonic() - started,
+        )
+    )
+
+
+def _save(
+    run: RunDirectory,
+    attempt: AttemptDirectory,
+    plan: TrainingPlan,
+    replica: Replica,
+    samples: Samples,
+    tell: EventWriter,
+    step: int,
+) -> None:
+    """Write a checkpoint of a step; the supervisor marks it as complete when it reads the event."""
+    name = checkpoint_name(step, attempt.number)
+    written = checkpoint.save(run.checkpoint_path(name), replica.chunks, replica.optimizer, step)
+    tell(
+        CheckpointWrittenEvent(
+            time=time.time(),
+            step=step,
+            name=name,
+            consumed_samples=step * plan.layout.global_batch_size,
+            data_fingerprint=samples.fingerprint,
+            files=written.files,
+            seconds=written.seconds,
+        )
+    )
+
+
+def _step_event(
+    plan: TrainingPlan,
+    replica: Replica,
+    step: int,
+    loss: float,
+    gradient_norm: float,
+    rate: float,
+    started: float,
+    data_seconds: float,
+) -> StepEvent:
+    seconds = time.monotonic() - started
+    per_second = plan.tokens_per_step / seconds
+    per_gpu = per_second / plan.layout.world_size
+    tflops = per_gpu * plan.flops_per_token / 1e12
+    return StepEvent(
+        time=time.time(),
+        step=step,
+        loss=loss,
+        gradient_norm=gradient_norm,
+        learning_rate=rate,
+        consumed_samples=step * plan.layout.global_batch_size,
+        consumed_tokens=step * plan.tokens_per_step,
+        step_seconds=seconds,
+        data_seconds=data_seconds,
+        tokens_per_second=per_second,
+        tokens_per_second_per_gpu=per_gpu,
+        tflops_per_gpu=tflops,
+        mfu=tflops / replica.peak_tflops,
+    )

@@ -1,0 +1,148 @@
+"""One rank, from its first line to its exit code.
+
+Started as `python -m megatron_solar.worker RUN ATTEMPT`, or forked from the preloaded process. Rank
+and world size come from the arguments, or from Slurm's variables under srun. A failing rank leaves
+a record with rank, host, step and traceback before it ends.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from orchestrator import exit_codes
+from orchestrator.errors import CheckpointError, ConfigError, DataError, ModelFolderError
+from orchestrator.files import read_json, write_json
+from orchestrator.plan import TrainingPlan, read_plan
+from orchestrator.run_directory import AttemptDirectory, RunDirectory
+
+RENDEZVOUS_SECONDS = 600
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one rank and return its exit code."""
+    started = time.time()
+    parser = argparse.ArgumentParser(prog="worker")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("attempt", type=int)
+    parser.add_argument("--rank", type=int, default=int(os.environ.get("SLURM_PROCID", "0")))
+    parser.add_argument("--local-rank", type=int, default=int(os.environ.get("SLURM_LOCALID", "0")))
+    options = parser.parse_args(arguments)
+    # The supervisor hears the warnings and asks through the stop file; a rank that Slurm signals lives on.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    run = RunDirectory(options.run)
+    attempt = run.attempt(options.attempt)
+    try:
+        plan = read_plan(run.plan)
+        reason = _run_rank(run, attempt, plan, options.rank, options.local_rank, started)
+    except BaseException as error:
+        _record_failure(attempt, options.rank, error)
+        return _exit_code(error)
+    return exit_codes.FINISHED if reason == "finished" else exit_codes.SAVED_AND_LEFT
+
+
+def _run_rank(
+    run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, rank: int, local_rank: int, started: float
+) -> str:
+    import torch
+
+    from megatron_solar.cpu import cuda_calls_on_cpu
+
+    on_cpu = plan.settings.cluster.device == "cpu"
+    if on_cpu:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // plan.settings.cluster.ranks_per_node))
+    else:
+        torch.cuda.set_device(local_rank % max(1, torch.cuda.device_count()))
+    with contextlib.ExitStack() as stack:
+        if on_cpu and "megatron.core" not in sys.modules:  # a forked rank inherits the substitute
+            stack.enter_context(cuda_calls_on_cpu())
+        from megatron_solar.train import train
+
+        join(attempt, rank, plan.layout.world_size, "gloo" if on_cpu else "nccl")
+        return train(run, attempt, plan, worker_started=started)
+
+
+def join(attempt: AttemptDirectory, rank: int, world_size: int, backend: str) -> None:
+    """Initialize torch.distributed; rank 0 listens on a free port and says where in the attempt's folder.
+
+    So no port has to be chosen before, none can be taken, and no node name has to resolve.
+    """
+    from datetime import timedelta
+
+    import torch.distributed
+
+    timeout = timedelta(seconds=RENDEZVOUS_SECONDS)
+    if rank == 0:
+        host = "127.0.0.1" if "SLURM_JOB_ID" not in os.environ else own_address()
+        store = torch.distributed.TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        write_json(attempt.rendezvous, {"host": host, "port": store.port})
+    else:
+        deadline = time.monotonic() + RENDEZVOUS_SECONDS
+        while not attempt.rendezvous.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"rank 0 did not say where it listens within {RENDEZVOUS_SECONDS} s: {attempt.rendezvous}")
+            time.sleep(0.02)
+        where = read_json(attempt.rendezvous)
+        store = torch.distributed.TCPStore(where["host"], where["port"], world_size, is_master=False, timeout=timeout)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def own_address() -> str:
+    """Return the address by which this host reaches the others, without sending anything."""
+    with contextlib.suppress(OSError):
+        return socket.gethostbyname(socket.gethostname())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # a documentation address; a datagram socket sends nothing here
+        return str(probe.getsockname()[0])
+
+
+def _record_failure(attempt: AttemptDirectory, rank: int, error: BaseException) -> None:
+    text = "".join(traceback.format_exception(error))
+    print(text, file=sys.stderr, flush=True)
+    write_json(
+        attempt.rank_failure(rank),
+        {
+            "rank": rank,
+            "host": socket.gethostname(),
+            "time": time.time(),
+            "step": last_step(attempt),
+            "error": type(error).__name__,
+            "message": str(error),
+            "traceback": text,
+        },
+    )
+
+
+def last_step(attempt: AttemptDirectory) -> int | None:
+    """Return the last step that an attempt told of, or None."""
+    from orchestrator.events import StartEvent, StepEvent, read_events
+
+    steps = [event.step for _, event in read_events(attempt.events) if isinstance(event, StepEvent | StartEvent)]
+    return steps[-1] if steps else None
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, CheckpointError):
+        return exit_codes.BAD_CHECKPOINT
+    if isinstance(error, DataError):
+        return exit_codes.BAD_DATA
+    if isinstance(error, ConfigError | ModelFolderError):
+        return exit_codes.BAD_CONFIG
+    if type(error).__name__ == "NotFiniteError":
+        return exit_codes.NOT_FINITE
+    return exit_codes.EXCEPTION
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Leaving by the interpreter's own way waits for threads of gloo and costs seconds.
+    os._exit(code)

@@ -1,0 +1,39 @@
+"""How a rank ends, below 128 so that a code is never taken for a signal. Standard library only."""
+
+from enum import StrEnum
+
+FINISHED = 0
+EXCEPTION = 1
+BAD_CONFIG = 70
+BAD_DATA = 71
+BAD_CHECKPOINT = 72
+NOT_FINITE = 73
+SAVED_AND_LEFT = 75
+
+
+class Cause(StrEnum):
+    """Why an attempt ended."""
+
+    FINISHED = "finished"
+    TIME_LIMIT = "time_limit"
+    PREEMPTED = "preempted"
+    CANCELLED = "cancelled"
+    STOPPED = "stopped"
+    RANK_KILLED = "rank_killed"
+    EXCEPTION = "exception"
+    NOT_FINITE = "not_finite"
+    BAD_DATA = "bad_data"
+    BAD_CONFIG = "bad_config"
+    BAD_CHECKPOINT = "bad_checkpoint"
+    SUPERVISOR_LOST = "supervisor_lost"
+
+
+CAUSE_OF_CODE = {
+    FINISHED: Cause.FINISHED,
+    EXCEPTION: Cause.EXCEPTION,
+    BAD_CONFIG: Cause.BAD_CONFIG,
+    BAD_DATA: Cause.BAD_DATA,
+    BAD_CHECKPOINT: Cause.BAD_CHECKPOINT,
+    NOT_FINITE: Cause.NOT_FINITE,
+}
+"""SAVED_AND_LEFT is not here: its cause is the reason of the stop request."""

@@ -1,0 +1,106 @@
+"""The frozen plan of a run: settings, rank grid, steps, memory, and what it would cost. Pure.
+
+Standard library only: supervisor and workers read it from the run folder.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from orchestrator.checks import build_layout
+from orchestrator.errors import OrchestrateError
+from orchestrator.files import read_json, write_json
+from orchestrator.layout import ParallelLayout
+from orchestrator.schedule import total_steps
+from orchestrator.settings import RunSettings
+from orchestrator.values import from_plain, to_plain
+
+MFU_SCENARIOS = (0.35, 0.45, 0.55)
+"""Shares of the peak for which the time is told; a prediction of the share itself is not made here."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """Everything about a run that is decided before it starts."""
+
+    settings: RunSettings
+    layout: ParallelLayout
+    tokens_per_step: int
+    total_steps: int
+    parameters: int
+    flops_per_token: float
+    """Forward and backward, causal half of the attention, no recomputation."""
+    static_bytes_per_rank: int
+    """Weights, gradients and optimizer on the rank that holds most, without activations."""
+    checkpoint_bytes: int
+    """Weights and optimizer state of one checkpoint."""
+    fingerprint: str
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all steps, the last one whole."""
+        return self.tokens_per_step * self.total_steps
+
+    def seconds_at(self, mfu: float) -> float | None:
+        """Return the training time at a share of the cluster's peak, or None where no peak is known."""
+        peak = self.settings.cluster.peak_tflops
+        if peak is None:
+            return None
+        return self.total_tokens * self.flops_per_token / (self.layout.world_size * peak * 1e12 * mfu)
+
+
+def make_plan(settings: RunSettings) -> TrainingPlan:
+    """Return the plan of checked settings."""
+    layout = build_layout(settings)
+    shape = settings.model
+    tokens_per_step = layout.global_batch_size * settings.data.sequence_length
+    fingerprint = hashlib.sha256(json.dumps(to_plain(settings), sort_keys=True).encode()).hexdigest()
+    return TrainingPlan(
+        settings=settings,
+        layout=layout,
+        tokens_per_step=tokens_per_step,
+        total_steps=total_steps(settings.training, tokens_per_step),
+        parameters=shape.parameters(),
+        flops_per_token=shape.flops_per_token(settings.data.sequence_length),
+        static_bytes_per_rank=static_bytes(settings, layout),
+        checkpoint_bytes=shape.parameters() * (12 if settings.training.precision == "fp32" else 14),
+        fingerprint=fingerprint,
+    )
+
+
+def static_bytes(settings: RunSettings, layout: ParallelLayout) -> int:
+    """Return the bytes of weights, gradients and optimizer on the rank that holds most.
+
+    A parameter takes 6 bytes (bf16 weight, fp32 gradient) and 12 of optimizer (fp32 master and two
+    moments) over DP ranks with the distributed optimizer; in fp32 8 and 12, since megatron keeps the
+    master copy there as well.
+    """
+    shape = settings.model
+    embedding = shape.vocab_size * shape.hidden_size
+    layers = shape.num_layers // layout.pipeline_parallel * shape.layer_parameters()
+    if layout.pipeline_parallel == 1:
+        held = layers + embedding * (1 if shape.tie_embeddings else 2) + shape.hidden_size
+    else:
+        held = layers + embedding + shape.hidden_size
+    held //= layout.tensor_parallel
+    resident = 8 if settings.training.precision == "fp32" else 6
+    return int(held * (resident + 12 / layout.data_parallel))
+
+
+def write_plan(path: Path, plan: TrainingPlan) -> None:
+    """Freeze a plan in a run folder."""
+    write_json(path, to_plain(plan))
+
+
+def read_plan(path: Path) -> TrainingPlan:
+    """Read a frozen plan.
+
+    Raises:
+        OrchestrateError: the file is none, or was written by another version.
+    """
+    problems: list[str] = []
+    plan = from_plain(TrainingPlan, read_json(path), "", problems)
+    if plan is None:
+        raise OrchestrateError(f"{path} is no plan of this version:", problems)
+    return plan
