@@ -508,7 +508,7 @@ def _bytes_of(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> memoryview
     if not all(torch.isfinite(end) for end in torch.aminmax(cast)):
         count = int((~torch.isfinite(cast)).sum())
         raise ModelFolderError(
-            f"{name} holds {count} values that are NaN or infinite in {dtype}; the weights are damaged"
+            f"{name} has {count} of {cast.numel()} values NaN or infinite in {dtype}; the weights are damaged"
         )
     return cast.view(-1).view(torch.uint8).numpy().data
 

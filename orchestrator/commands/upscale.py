@@ -75,20 +75,24 @@ def _run(
     if not as_json:
         _print_summary(plan, drawn=explain)
     if explain or output is None:
-        next_command = f"orchestrate upscale {shlex.quote(str(base))} --output DIR --drop {drop}"
+        target = shlex.quote(str(output or "DIR"))
+        next_command = f"orchestrate upscale {shlex.quote(str(base))} --output {target} --drop {drop}"
     else:
         _notice_leftovers(output)
         with _progress_bar(plan.result_bytes) as progress:
             lineage = upscale(base, output, drop=drop, strategy=strategy, progress=progress)
-        summary |= {"output": str(output), "licence": lineage.licence, "files": sorted(lineage.result.files)}
+        files = sorted(str(file.relative_to(output)) for file in output.rglob("*") if file.is_file())
+        summary |= {"output": str(output), "licence": lineage.licence, "files": files}
         recipe = "solar-10.7b" if lineage.result.parameters == SOLAR_PARAMETERS else "RECIPE"
         next_command = f"orchestrate plan {recipe} base={shlex.quote(str(output))}"
     if as_json:
         click.echo(json.dumps(summary, indent=2))
         return
     if "output" in summary:
-        click.echo(f"written  {output}: {len(summary['files'])} files, lineage.json, README.md")
-        click.echo(f"licence  {summary['licence']}, the base's")
+        click.echo(
+            f"written  {output}, {len(summary['files'])} files; lineage.json has sources and checksums"
+        )
+        click.echo(f"licence  of the base: {summary['licence']}")
     click.echo(f"next: {next_command}")
 
 
@@ -98,7 +102,7 @@ def _summary_of(base: Path, plan: "UpscalePlan") -> dict[str, Any]:
         "strategy": plan.strategy,
         "drop": plan.drop,
         "layer_sources": list(plan.layers.sources),
-        "dtype": str(plan.dtype).removeprefix("torch."),
+        "dtype": plan.dtype_name,
         "base_parameters": plan.base_shape.parameters(),
         "base_bytes": plan.base_bytes,
         "parameters": plan.shape.parameters(),
@@ -115,7 +119,7 @@ def _print_summary(plan: "UpscalePlan", *, drawn: bool) -> None:
     ):
         click.echo(
             f"{title:7}  {shape.num_layers:3} layers  {shape.parameters():>14,} parameters "
-            f"({format_count(shape.parameters())})  {format_bytes(size)} of {str(plan.dtype)[6:]}"
+            f"({format_count(shape.parameters())})  {format_bytes(size)} of {plan.dtype_name}"
         )
     if drawn:
         click.echo(f"\n{draw(plan.layers)}\n")
