@@ -111,7 +111,8 @@ def transformer_config(
     dtype = _DTYPES[training.precision]
     on_cpu = device == "cpu"
     interleaved = layout.virtual_pipeline_parallel > 1
-    return TransformerConfig(
+    return _without_warnings(
+        TransformerConfig,
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -190,6 +191,13 @@ def wrap_data_parallel(config: TransformerConfig, chunk: GPTModel, is_first: boo
     )
     config.finalize_model_grads_func = finalize_model_grads
     return wrapped
+
+
+def _without_warnings(build: Callable[..., Any], **options: Any) -> Any:
+    """Call a constructor of megatron's without its notes on options that were not set here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return build(**options)
 
 
 def build_optimizer(training: TrainingSettings, chunks: Sequence[DistributedDataParallel]) -> Any:

@@ -72,12 +72,15 @@ PATCHES = (
         replacement=lambda _: lambda *args: None,
         reason="pipeline communication and checkpoint writing wait for the device",
     ),
-    Patch(
-        name="random_state",
-        owner=torch.cuda,
-        attribute="get_rng_state",
-        replacement=lambda _: lambda *args: torch.get_rng_state(),
-        reason="the tensor-parallel random tracker keeps a state for each name",
+    *(
+        Patch(
+            name=name,
+            owner=owner,
+            attribute="get_rng_state",
+            replacement=lambda _: lambda *args, **options: torch.get_rng_state(),
+            reason="the tensor-parallel random tracker keeps a state for each name",
+        )
+        for name, owner in (("random_state", torch.cuda), ("random_module_state", torch.cuda.random))
     ),
     Patch(
         name="default_generators",

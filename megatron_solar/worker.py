@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     # The supervisor hears the warnings and asks through the stop file; a rank that Slurm signals lives on.
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # Deprecations among torch and megatron, repeated by every rank, would bury what matters in its log.
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\.")
     run = RunDirectory(options.run)
     attempt = run.attempt(options.attempt)
     try:

@@ -1,0 +1,156 @@
+"""What the tests share: a real vocabulary, a small real corpus, and one process that forks the ranks."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import mistral_common
+import pytest
+
+from orchestrator.config import compose
+from orchestrator.events import Event, StepEvent, ValidationEvent, read_events
+from orchestrator.files import JsonLines
+from orchestrator.plan import TrainingPlan, make_plan, write_plan
+from orchestrator.run_directory import AttemptDirectory, RunDirectory, create_run
+from orchestrator.slurm.ranks import Preload, Ranks, start_ranks
+from orchestrator.slurm.supervisor import mark_written
+from orchestrator.tokenize.stage import tokenize_corpus
+
+REPOSITORY = Path(__file__).parent.parent
+
+# A Llama shape that a rank trains at 20 steps in about a second; the vocabulary is the real one.
+SMALL = (
+    "model.num_layers=4",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=96",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=2",
+    "model.max_position_embeddings=64",
+    "data.sequence_length=32",
+    "layout.micro_batch_size=1",
+    "layout.global_batch_size=4",
+    "training.validation_samples=8",
+    "training.validation_interval_steps=1000",
+    "checkpoint.interval_steps=1000",
+    "training.precision=fp32",
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Path:
+    """The 32k SentencePiece vocabulary of Mistral 7B v1."""
+    return next(Path(mistral_common.__file__).parent.rglob("tokenizer.model.v1"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
+    """A folder with `train` and `validation`, tokenized from a part of the standard library."""
+    folder = tmp_path_factory.mktemp("corpus")
+    tokenize_corpus(
+        [Path(os.__file__).parent / "email", Path(os.__file__).parent / "asyncio"],
+        tokenizer,
+        folder / "train",
+        validation_output=folder / "validation",
+        validation_every=10,
+        progress=False,
+    )
+    return folder
+
+
+class Trainer:
+    """Makes run folders and trains them with real ranks, forked from one preloaded process."""
+
+    def __init__(self, folder: Path, corpus: Path) -> None:
+        self._folder = folder
+        self._corpus = corpus
+        self._count = 0
+        self._preload: Preload | None = None
+
+    def make_run(self, *overrides: str, steps: int = 20, recipe: str = "demo-base") -> tuple[RunDirectory, TrainingPlan]:
+        """Make a run's folder with its plan; its code is this checkout."""
+        self._count += 1
+        settings = compose(
+            recipe,
+            [
+                *SMALL,
+                f"data.train={self._corpus / 'train'}",
+                f"data.validation={self._corpus / 'validation'}",
+                f"name=run-{self._count}",
+                f"paths.runs={self._folder}",
+                f"training.tokens={steps * 4 * 32}",
+                *overrides,
+            ],
+        )
+        run = create_run(self._folder, settings.name)
+        run.code.symlink_to(REPOSITORY)
+        plan = make_plan(settings)
+        write_plan(run.plan, plan)
+        return run, plan
+
+    def start(self, run: RunDirectory, plan: TrainingPlan) -> tuple[AttemptDirectory, Ranks]:
+        """Start an attempt's ranks."""
+        if self._preload is None:
+            self._preload = Preload(run, plan)
+        self._preload.wait_until_ready()
+        attempt = run.new_attempt()
+        return attempt, start_ranks(run, attempt, plan, self._preload)
+
+    def wait(self, run: RunDirectory, attempt: AttemptDirectory, ranks: Ranks) -> list[int]:
+        """Wait for the ranks, mark their checkpoints, and return their exit codes."""
+        codes = [process.wait(timeout=120) for process in ranks._processes.values()]
+        notes = JsonLines(attempt.supervisor_events)
+        mark_written(run, attempt, 0, notes)
+        notes.close()
+        return codes
+
+    def train(self, run: RunDirectory, plan: TrainingPlan) -> AttemptDirectory:
+        """Run one attempt to its good end."""
+        attempt, ranks = self.start(run, plan)
+        codes = self.wait(run, attempt, ranks)
+        assert set(codes) == {0}, attempt.rank_log(0).read_text()[-3000:]
+        return attempt
+
+    def close(self) -> None:
+        """End the preloaded process."""
+        if self._preload is not None:
+            self._preload.close()
+
+
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Trainer]:
+    """The session's trainer."""
+    made = Trainer(tmp_path_factory.mktemp("runs"), corpus)
+    with contextlib.closing(made):
+        yield made
+
+
+def events_of(attempt: AttemptDirectory) -> list[Event]:
+    """Return the events that rank 0 wrote."""
+    return [event for _, event in read_events(attempt.events)]
+
+
+def losses(*attempts: AttemptDirectory) -> list[float]:
+    """Return the loss of each step over attempts."""
+    return [event.loss for attempt in attempts for event in events_of(attempt) if isinstance(event, StepEvent)]
+
+
+def validation_losses(attempt: AttemptDirectory) -> list[float]:
+    """Return the held-out losses in their order."""
+    return [event.loss for event in events_of(attempt) if isinstance(event, ValidationEvent)]
+
+
+def relative_difference(left: Sequence[float], right: Sequence[float]) -> float:
+    """Return the largest relative difference between two curves of the same length."""
+    return max(abs(a - b) / abs(b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own, so that runs and tracking store start empty."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+__all__ = ["REPOSITORY", "Trainer", "events_of", "losses", "relative_difference", "signal", "validation_losses"]
