@@ -219,8 +219,9 @@ def build_optimizer(training: TrainingSettings, chunks: Sequence[DistributedData
             ),
             list(chunks),
         )
-    for inner in _torch_adams(optimizer):
-        _prefill(inner)
+    for part in _parts(optimizer):
+        if isinstance(part.optimizer, _TORCH_ADAMS):
+            _prefill(part.optimizer)
     return optimizer
 
 
@@ -378,20 +379,32 @@ def sharded_optimizer_state(optimizer: Any, model_state: dict[str, Any], *, is_l
 def restore_optimizer(optimizer: Any, state: dict[str, Any], step: int) -> None:
     """Put a loaded state into the optimizer.
 
-    megatron 0.16.1 drops Adam's `step` of this format or shares one tensor between all parameters,
-    so it is set from the checkpoint's own step afterwards.
+    megatron 0.16.1 does not file torch Adam's `step` in this format, asks for it (KeyError 'step') and
+    then shares one tensor between all parameters; so it is handed in, and set for each afterwards.
     """
+    for part in _parts(optimizer):
+        if isinstance(part.optimizer, _TORCH_ADAMS):
+            set_state = part._set_main_param_and_optimizer_states
+            part._set_main_param_and_optimizer_states = functools.partial(_set_with_step, set_state, step)
     with torch.no_grad():
         optimizer.load_state_dict(state)
-    for inner in _torch_adams(optimizer):
-        for values in inner.state.values():
-            values["step"] = torch.tensor(float(step))
+    for part in _parts(optimizer):
+        if isinstance(part.optimizer, _TORCH_ADAMS):
+            del part._set_main_param_and_optimizer_states  # the class's own again
+            for values in part.optimizer.state.values():
+                values["step"] = torch.tensor(float(step))
 
 
-def _torch_adams(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            yield part.optimizer
+def _set_with_step(set_state: Callable[..., None], step: int, parameter: Tensor, tensors: dict[str, Tensor]) -> None:
+    set_state(parameter, {**tensors, "step": torch.tensor(float(step))})
+
+
+_TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """Return the distributed optimizers that megatron may have chained."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _prefill(adam: torch.optim.Optimizer) -> None:

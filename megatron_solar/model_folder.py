@@ -17,7 +17,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,27 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> TransformerShape
     if problems:
         raise ModelFolderError(f"{where} describes a model that cannot be read", problems)
     return shape
+
+
+def open_base(path: Path, shape: TransformerShape) -> ModelFolder:
+    """Open a folder as the base of a run whose settings say which shape it has.
+
+    Fewer positions than the base has are accepted: rotary positions are computed, not learnt.
+
+    Raises:
+        ModelFolderError: it is no model, or of another shape; every difference is named.
+    """
+    folder = ModelFolder.open(path)
+    differing = [
+        f"model.{field.name}: the base has {getattr(folder.shape, field.name)}, the settings say "
+        f"{getattr(shape, field.name)}"
+        for field in fields(shape)
+        if getattr(folder.shape, field.name) != getattr(shape, field.name)
+        and not (field.name == "max_position_embeddings" and shape.max_position_embeddings < getattr(folder.shape, field.name))
+    ]
+    if differing:
+        raise ModelFolderError(f"the base {path} is not of the shape in the settings:", differing)
+    return folder
 
 
 @dataclass(frozen=True, kw_only=True)

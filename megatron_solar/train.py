@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_solar import checkpoint, compat
 from megatron_solar.data import Samples, open_samples
-from megatron_solar.model_folder import ModelFolder
+from megatron_solar.model_folder import open_base
 from megatron_solar.weights import RandomWeights, WeightSource, canonical_key, rank_part, read_canonical
 from orchestrator.checkpoints import checkpoint_name, choose_checkpoint, complete_checkpoints
 from orchestrator.errors import CheckpointError, ModelFolderError
@@ -179,16 +179,7 @@ def weight_source(plan: TrainingPlan) -> WeightSource:
     settings = plan.settings
     if settings.base == RANDOM_BASE:
         return RandomWeights(settings.model, settings.training.seed)
-    folder = ModelFolder.open(Path(settings.base))
-    differing = [
-        f"{field.name}: the base has {getattr(folder.shape, field.name)}, the settings {getattr(settings.model, field.name)}"
-        for field in dataclasses.fields(settings.model)
-        if field.name != "max_position_embeddings"
-        and getattr(folder.shape, field.name) != getattr(settings.model, field.name)
-    ]
-    if differing:
-        raise ModelFolderError(f"base {settings.base} is not of the shape in the settings:", differing)
-    return folder
+    return open_base(Path(settings.base), settings.model)
 
 
 def build_replica(plan: TrainingPlan, source: WeightSource | None) -> Replica:

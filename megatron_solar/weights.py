@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_solar.model_folder import expected_tensors
 from orchestrator.model_shape import TransformerShape
 
 # Canonical suffix of a layer -> Hugging Face's names in the order they are joined.
@@ -60,6 +61,7 @@ class RandomWeights:
     def __init__(self, shape: TransformerShape, seed: int) -> None:
         self._shape = shape
         self._seed = seed
+        self._sizes = expected_tensors(shape)
 
     @property
     def shape(self) -> TransformerShape:
@@ -68,7 +70,7 @@ class RandomWeights:
 
     def tensor(self, name: str) -> Tensor:
         """Return a new tensor, always the same for a name."""
-        size = hugging_face_size(name, self._shape)
+        size = self._sizes[name]
         if len(size) == 1:
             return torch.ones(size)
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
@@ -77,23 +79,6 @@ class RandomWeights:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             deviation /= math.sqrt(2 * self._shape.num_layers)
         return torch.empty(size).normal_(0.0, deviation, generator=generator)
-
-
-def hugging_face_size(name: str, shape: TransformerShape) -> tuple[int, ...]:
-    """Return the size of a Hugging Face tensor of a shape."""
-    hidden, ffn, query, key = shape.hidden_size, shape.ffn_hidden_size, shape.query_size, shape.key_size
-    sizes = {
-        "embed_tokens": (shape.vocab_size, hidden),
-        "lm_head": (shape.vocab_size, hidden),
-        "q_proj": (query, hidden),
-        "k_proj": (key, hidden),
-        "v_proj": (key, hidden),
-        "o_proj": (hidden, query),
-        "gate_proj": (ffn, hidden),
-        "up_proj": (ffn, hidden),
-        "down_proj": (hidden, ffn),
-    }
-    return sizes.get(name.split(".")[-2], (hidden,))
 
 
 def canonical_key(parameter: str, layer_offset: int) -> str:

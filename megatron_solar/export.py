@@ -1,0 +1,132 @@
+"""A checkpoint of any layout as a Hugging Face folder, one tensor at a time, without megatron or ranks.
+
+torch_dist stores each tensor once for the whole model, whatever the layout it was trained at; a single
+process reads them by their canonical keys.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from megatron_solar.model_folder import Checksums, ModelFolder, write_model_folder
+from megatron_solar.weights import to_hugging_face
+from orchestrator.checkpoints import Checkpoint, damage
+from orchestrator.errors import CheckpointError
+from orchestrator.plan import TrainingPlan
+from orchestrator.settings import RANDOM_BASE
+from orchestrator.tokenize.manifest import read_manifest
+from orchestrator.version import VERSION
+
+LINEAGE = "lineage.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class CheckpointTensors:
+    """The whole tensors of a checkpoint by their canonical keys.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        found = damage(checkpoint)
+        if found:
+            raise CheckpointError(f"checkpoint {checkpoint.name} is damaged and was not read:", found)
+        self._checkpoint = checkpoint
+        self._reader = FileSystemReader(checkpoint.path)
+        self._sizes = self._reader.read_metadata().state_dict_metadata
+
+    def keys(self) -> list[str]:
+        """Return the keys of all tensors, weights and optimizer."""
+        return sorted(key for key, facts in self._sizes.items() if isinstance(facts, TensorStorageMetadata))
+
+    def __call__(self, key: str) -> Tensor:
+        """Read one whole tensor."""
+        stored = f"model.{key}" if f"model.{key}" in self._sizes else key
+        facts = self._sizes.get(stored)
+        if not isinstance(facts, TensorStorageMetadata):
+            raise CheckpointError(f"checkpoint {self._checkpoint.name} has no tensor {key}; it is of another model")
+        wanted = {stored: torch.empty(facts.size, dtype=facts.properties.dtype)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it notes that one process reads, which is the intent
+            load(wanted, storage_reader=self._reader, planner=DefaultLoadPlanner(), no_dist=True)
+        return wanted[stored]
+
+
+def export(
+    checkpoint: Checkpoint,
+    plan: TrainingPlan,
+    output: Path,
+    *,
+    run_name: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Checksums:
+    """Write a checkpoint as a Hugging Face folder with tokenizer and lineage, or leave nothing.
+
+    Args:
+        progress: called with the parameters written and their total.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model.
+        ModelFolderError: a tensor is not finite, or the disk is too small.
+    """
+    settings = plan.settings
+    read = CheckpointTensors(checkpoint)
+    done = 0
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        nonlocal done
+        for name, tensor in to_hugging_face(settings.model, read):
+            yield name, tensor
+            done += tensor.numel()
+            progress(done, plan.parameters)
+
+    tokenizer_files, config, base_lineage = _from_base(plan)
+    lineage = {
+        "run": run_name,
+        "step": checkpoint.step,
+        "consumed_samples": checkpoint.consumed_samples,
+        "consumed_tokens": checkpoint.step * plan.tokens_per_step,
+        "checkpoint": checkpoint.name,
+        "checkpoint_files": checkpoint.files,
+        "data_fingerprint": checkpoint.data_fingerprint,
+        "plan_fingerprint": plan.fingerprint,
+        "parameters": plan.parameters,
+        "orchestrate_version": VERSION,
+        "base": settings.base,
+        "base_lineage": base_lineage,
+    }
+    return write_model_folder(
+        output,
+        settings.model,
+        tensors(),
+        dtype=DTYPES[settings.training.precision],
+        config_extra=config,
+        tokenizer_files=tokenizer_files,
+        describe=lambda sums: {
+            LINEAGE: json.dumps({**lineage, "tensors": dict(sums.tensors), "files": dict(sums.files)}, indent=2) + "\n"
+        },
+    )
+
+
+def _from_base(plan: TrainingPlan) -> tuple[list[Path], dict[str, object], object]:
+    """Return tokenizer files, special ids and lineage of the base, or those of the data where it was random."""
+    settings = plan.settings
+    if settings.base != RANDOM_BASE and Path(settings.base).is_dir():
+        folder = ModelFolder.open(Path(settings.base))
+        ids = {key: folder.config[key] for key in ("bos_token_id", "eos_token_id") if key in folder.config}
+        path = folder.path / LINEAGE
+        return folder.tokenizer_files(), ids, json.loads(path.read_text()) if path.exists() else None
+    data = Path(settings.data.train[0])
+    manifest = read_manifest(data)
+    ids = {"bos_token_id": manifest.begin_of_document, "eos_token_id": manifest.end_of_document}
+    return [data / manifest.tokenizer_file], ids, None
+

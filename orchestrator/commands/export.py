@@ -1,0 +1,40 @@
+"""`orchestrate export`: a checkpoint as a Hugging Face folder."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command(name="export", short_help="Write a checkpoint as a Hugging Face folder.")
+@click.argument("run", default="last")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="The folder to write; must not exist.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def command(run: str, output: Path, as_json: bool) -> None:
+    """Write a checkpoint of RUN as a Hugging Face folder that transformers loads.
+
+    RUN is a name, `last`, or either with a step: `last@1200`; the newest complete checkpoint by default.
+    """
+    from orchestrator.checkpoints import choose_checkpoint
+    from orchestrator.config import paths_in_force
+    from orchestrator.errors import RunError
+    from orchestrator.plan import read_plan
+    from orchestrator.progress import progress_bar
+    from orchestrator.run_directory import find_run
+    from orchestrator.screen import print_json, print_next
+
+    reference, _, step = run.partition("@")
+    digits = step.removeprefix("step_").split(".")[0]
+    if step and not digits.isdigit():
+        raise RunError(f"{run!r} should read RUN or RUN@STEP, such as last@1200")
+    found = find_run(reference, Path(paths_in_force().runs))
+    checkpoint = choose_checkpoint(found, int(digits) if digits else None)
+    from megatron_solar.export import export
+
+    plan = read_plan(found.plan)
+    with progress_bar("export", unit="parameters") as show:
+        sums = export(checkpoint, plan, output, run_name=found.name, progress=show)
+    if as_json:
+        print_json({"output": str(output), "step": checkpoint.step, "files": dict(sums.files)})
+        return
+    click.echo(f"wrote {checkpoint.name} of run {found.name} to {output}: {plan.parameters:,} parameters")
+    print_next(f"python -c \"import transformers; transformers.AutoModelForCausalLM.from_pretrained('{output}')\"")

@@ -1,0 +1,114 @@
+"""`orchestrate status`: where a run stands, or all runs in a list."""
+
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from orchestrator.status import RunStatus
+
+
+@click.command(name="status", short_help="Show where a run stands, or list all runs.")
+@click.argument("run", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def command(run: str | None, as_json: bool) -> None:
+    """Show where RUN stands, or list all runs.
+
+    RUN is a name, a unique prefix of one, the path of a run folder, or `last`.
+    """
+    from pathlib import Path
+
+    from orchestrator.config import paths_in_force
+    from orchestrator.run_directory import find_run, list_runs
+    from orchestrator.screen import print_json, print_next
+    from orchestrator.status import read_status
+    from orchestrator.values import to_plain
+
+    runs = Path(paths_in_force().runs)
+    if run is None:
+        statuses = [read_status(found) for found in list_runs(runs)]
+        if as_json:
+            print_json([to_plain(status) for status in statuses])
+            return
+        if not statuses:
+            click.echo(f"no runs in {runs}")
+            print_next("orchestrate demo")
+            return
+        _show_list(statuses)
+        print_next(f"orchestrate status {statuses[0].name}")
+        return
+    status = read_status(find_run(run, runs))
+    if as_json:
+        print_json(to_plain(status))
+        return
+    show_status(status)
+    print_next(status.next_command)
+
+
+def show_status(status: "RunStatus") -> None:
+    """Print one run's screen."""
+    from orchestrator.screen import print_facts, print_table
+    from orchestrator.units import format_count, format_duration, format_time
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    held_out = number(status.validation_loss, ".4f")
+    if status.first_validation_loss is not None and status.first_validation_loss != status.validation_loss:
+        held_out += f" (at the start {status.first_validation_loss:.4f})"
+    speed = "-"
+    if status.tokens_per_second is not None and status.tflops_per_gpu is not None and status.mfu is not None:
+        speed = (f"{format_count(status.tokens_per_second)} tokens/s, {status.tflops_per_gpu:.3g} TFLOP/s a rank, "
+                 f"MFU {status.mfu:.1%} (causal half)")  # fmt: skip
+    facts = [
+        ("state", f"{status.state}" + (f": {status.reason}" if status.reason else "")),
+        ("step", f"{status.step:,} of {status.total_steps:,}, {format_count(status.consumed_tokens)} tokens"),
+        ("loss", f"{number(status.loss, '.4f')}, held-out {held_out}"),
+        ("speed", speed),
+        ("layout", status.layout),
+        ("checkpoint", status.last_checkpoint or "none yet"),
+        ("folder", str(status.path)),
+    ]
+    if status.last_event is not None and status.state == "RUNNING":
+        facts.insert(2, ("last heard", f"{format_duration(time.time() - status.last_event)} ago"))
+    if status.seconds_left is not None:
+        facts.insert(2, ("time left", f"about {format_duration(status.seconds_left)} at the speed of the last steps"))
+    print_facts(status.name, facts)
+    if status.attempt_list:
+        print_table(
+            ("attempt", "job", "started", "steps", "lasted", "ended by", "then"),
+            [
+                (
+                    str(attempt.number),
+                    attempt.job_id,
+                    format_time(attempt.started) if attempt.started else "-",
+                    f"{attempt.first_step}-{attempt.last_step}" if attempt.last_step is not None else "-",
+                    format_duration((attempt.ended or time.time()) - attempt.started) if attempt.started else "-",
+                    attempt.cause or "running",
+                    attempt.action or "-",
+                )
+                for attempt in status.attempt_list
+            ],
+        )
+
+
+def _show_list(statuses: "list[RunStatus]") -> None:
+    from orchestrator.screen import print_table
+    from orchestrator.units import format_duration
+
+    print_table(
+        ("run", "state", "step", "attempts", "loss", "last heard"),
+        [
+            (
+                status.name,
+                str(status.state),
+                f"{status.step:,} of {status.total_steps:,}",
+                str(status.attempts),
+                "-" if status.loss is None else f"{status.loss:.4f}",
+                "-" if status.last_event is None else f"{format_duration(time.time() - status.last_event)} ago",
+            )
+            for status in statuses
+        ],
+        right=(2, 3, 4),
+    )

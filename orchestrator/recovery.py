@@ -1,0 +1,79 @@
+"""What to do when an attempt has ended: one pure function of its history.
+
+A time limit and a preemption are nobody's fault and go on as long as there is progress. A killed
+rank restarts in the same allocation. What would fail again in the same way stops the run and says why.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from enum import StrEnum
+
+from orchestrator.exit_codes import Cause
+
+
+class Action(StrEnum):
+    """What the supervisor does next."""
+
+    FINISH = "finish"
+    RESTART = "restart"
+    """Start the ranks again in this allocation, from the newest checkpoint."""
+    REQUEUE = "requeue"
+    """End this job and have it started again."""
+    STOP = "stop"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How one attempt ended."""
+
+    cause: Cause
+    saved_step: int
+    """Step of the newest complete checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decision:
+    """An action with its reason, in words for `orchestrate status`."""
+
+    action: Action
+    why: str
+
+
+_STOPS = {
+    Cause.CANCELLED: "a person cancelled the run",
+    Cause.STOPPED: "the run was asked to save and stop",
+    Cause.EXCEPTION: "an exception would come again; mend its cause, then `orchestrate resume`",
+    Cause.NOT_FINITE: "the loss is not finite; lower the rate or look at the data, then `orchestrate resume`",
+    Cause.BAD_DATA: "the data cannot be used; mend it, then `orchestrate resume`",
+    Cause.BAD_CONFIG: "the configuration cannot be run; launch it anew with the value mended",
+    Cause.BAD_CHECKPOINT: "the newest checkpoint cannot be loaded; remove it to go on from the one before, "
+    "then `orchestrate resume`",
+}
+_REQUEUED = (Cause.TIME_LIMIT, Cause.PREEMPTED)
+
+
+def decide(history: Sequence[Ending], ending: Ending, max_without_progress: int) -> Decision:
+    """Return what follows an ending.
+
+    Args:
+        history: earlier endings since a person last started the run, the oldest first.
+        max_without_progress: endings at the same saved step after which the run stops.
+    """
+    if ending.cause == Cause.FINISHED:
+        return Decision(action=Action.FINISH, why="all steps are done")
+    if ending.cause in _STOPS:
+        return Decision(action=Action.STOP, why=_STOPS[ending.cause])
+    stuck = 1
+    for earlier in reversed(history):
+        if earlier.saved_step != ending.saved_step:
+            break
+        stuck += 1
+    if stuck >= max_without_progress:
+        causes = ", ".join([*(str(e.cause) for e in history[len(history) - stuck + 1 :]), str(ending.cause)])
+        return Decision(
+            action=Action.STOP,
+            why=f"no progress beyond step {ending.saved_step} in {stuck} attempts ({causes})",
+        )
+    if ending.cause in _REQUEUED:
+        return Decision(action=Action.REQUEUE, why="the job's time is over; it goes on in a new one")
+    return Decision(action=Action.RESTART, why=f"ranks start again from step {ending.saved_step}")

@@ -1,0 +1,123 @@
+"""Read where a run stands from its folder and the scheduler; MLflow is not asked."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from orchestrator.checkpoints import complete_checkpoints
+from orchestrator.events import EndEvent, StartEvent, StepEvent, ValidationEvent, read_events
+from orchestrator.files import read_json, read_json_lines
+from orchestrator.plan import read_plan
+from orchestrator.reconcile import JobAnswer, RunRecords, State, reconcile
+from orchestrator.run_directory import RunDirectory
+from orchestrator.slurm.scheduler import ask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttemptStatus:
+    """One attempt in a line."""
+
+    number: int
+    job_id: str
+    nodes: str
+    started: float | None
+    ended: float | None
+    first_step: int | None
+    last_step: int | None
+    cause: str
+    message: str
+    action: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """A run in one screen."""
+
+    name: str
+    path: Path
+    state: State
+    reason: str
+    next_command: str
+    step: int
+    total_steps: int
+    attempts: int
+    consumed_tokens: int
+    loss: float | None
+    validation_loss: float | None
+    first_validation_loss: float | None
+    tokens_per_second: float | None
+    tflops_per_gpu: float | None
+    mfu: float | None
+    last_event: float | None
+    """Unix time of the newest event of the ranks."""
+    last_checkpoint: str | None
+    last_checkpoint_step: int | None
+    seconds_left: float | None
+    """At the speed of the last steps."""
+    layout: str
+    attempt_list: tuple[AttemptStatus, ...]
+
+
+def read_status(run: RunDirectory) -> RunStatus:
+    """Return a run's status; asks the scheduler once."""
+    plan = read_plan(run.plan)
+    attempts = run.attempts()
+    outcomes = {attempt.number: attempt.read_outcome() for attempt in attempts}
+    records = RunRecords(
+        submitted=[float(record["time"]) for _, record in read_json_lines(run.submissions)],
+        attempts=[{"number": attempt.number, "outcome": outcomes[attempt.number]} for attempt in attempts],
+        cancel_asked=float(read_json(run.cancel_mark)["time"]) if run.cancel_mark.exists() else None,
+    )
+    unfinished = not attempts or outcomes[attempts[-1].number] is None or records.submitted != []
+    job = ask(run) if unfinished else JobAnswer.GONE
+    standing = reconcile(run.name, records, job)
+    events = [event for attempt in attempts for _, event in read_events(attempt.events)]
+    steps = [event for event in events if isinstance(event, StepEvent)]
+    held_out = [event.loss for event in events if isinstance(event, ValidationEvent)]
+    known = [e.step for e in events if isinstance(e, StartEvent | StepEvent | EndEvent)]
+    step = known[-1] if known else 0
+    last = steps[-1] if steps else None
+    recent = [event.step_seconds for event in steps[-20:]]
+    left = (plan.total_steps - step) * sum(recent) / len(recent) if recent and standing.state == State.RUNNING else None
+    checkpoints = complete_checkpoints(run)
+    return RunStatus(
+        name=run.name,
+        path=run.path,
+        state=standing.state,
+        reason=standing.reason,
+        next_command=standing.next_command,
+        step=step,
+        total_steps=plan.total_steps,
+        attempts=len(attempts),
+        consumed_tokens=step * plan.tokens_per_step,
+        loss=last.loss if last else None,
+        validation_loss=held_out[-1] if held_out else None,
+        first_validation_loss=held_out[0] if held_out else None,
+        tokens_per_second=last.tokens_per_second if last else None,
+        tflops_per_gpu=last.tflops_per_gpu if last else None,
+        mfu=last.mfu if last else None,
+        last_event=events[-1].time if events else None,
+        last_checkpoint=checkpoints[-1].name if checkpoints else None,
+        last_checkpoint_step=checkpoints[-1].step if checkpoints else None,
+        seconds_left=left,
+        layout=plan.layout.describe(),
+        attempt_list=tuple(
+            _attempt_status(attempt.number, attempt.read_job(), outcomes[attempt.number]) for attempt in attempts
+        ),
+    )
+
+
+def _attempt_status(number: int, job: dict[str, Any] | None, outcome: dict[str, Any] | None) -> AttemptStatus:
+    ended = outcome or {}
+    return AttemptStatus(
+        number=number,
+        job_id=str(job["job_id"]) if job else "",
+        nodes=str(job["nodes"]) if job else "",
+        started=float(job["started"]) if job else None,
+        ended=ended.get("ended"),
+        first_step=ended.get("first_step"),
+        last_step=ended.get("last_step"),
+        cause=str(ended.get("cause", "")),
+        message=str(ended.get("message", "")),
+        action=str(ended.get("action", "")),
+    )

@@ -1,0 +1,81 @@
+"""Ask the scheduler about a run's newest job, and tell it to end. An error is silence, never an answer."""
+
+import contextlib
+import os
+import signal
+import subprocess
+
+import psutil
+
+from orchestrator.errors import SchedulerError
+from orchestrator.files import read_json_lines
+from orchestrator.reconcile import JobAnswer
+from orchestrator.run_directory import RunDirectory
+
+ANSWER_SECONDS = 20
+_SLURM_PENDING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+_SLURM_RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED")
+
+
+def ask(run: RunDirectory) -> JobAnswer:
+    """Return what the scheduler says of a run's newest job."""
+    submissions = [record for _, record in read_json_lines(run.submissions)]
+    if not submissions:
+        return JobAnswer.GONE
+    newest = submissions[-1]
+    if newest["scheduler"] == "slurm":
+        return _ask_slurm(str(newest["job_id"]))
+    return JobAnswer.RUNNING if local_process(run) is not None else JobAnswer.GONE
+
+
+def local_process(run: RunDirectory) -> psutil.Process | None:
+    """Return the living process of a local run: its supervisor, or the controller that starts it."""
+    attempts = run.attempts()
+    job = attempts[-1].read_job() if attempts else None
+    candidates = [(job["process"], job["process_created"])] if job else []
+    submissions = [record for _, record in read_json_lines(run.submissions)]
+    candidates += [(int(submissions[-1]["job_id"]), submissions[-1]["process_created"])] if submissions else []
+    for number, created in candidates:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(number)
+            if abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+    return None
+
+
+def tell_to_end(run: RunDirectory) -> None:
+    """Send a run's job the signal of a cancellation; the supervisor saves if there is time.
+
+    Raises:
+        SchedulerError: Slurm refused or did not answer.
+    """
+    submissions = [record for _, record in read_json_lines(run.submissions)]
+    if submissions and submissions[-1]["scheduler"] == "slurm":
+        _run(["scancel", str(submissions[-1]["job_id"])])
+        return
+    process = local_process(run)
+    if process is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)
+
+
+def _ask_slurm(job_id: str) -> JobAnswer:
+    try:
+        states = _run(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]).split()
+    except SchedulerError as error:
+        return JobAnswer.GONE if "Invalid job id" in str(error) else JobAnswer.SILENT
+    if not states:
+        return JobAnswer.GONE
+    if states[-1] in _SLURM_PENDING:
+        return JobAnswer.PENDING
+    return JobAnswer.RUNNING if states[-1] in _SLURM_RUNNING else JobAnswer.GONE
+
+
+def _run(command: list[str]) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SchedulerError(f"`{' '.join(command)}` did not answer: {error}") from error
+    if result.returncode:
+        raise SchedulerError(f"`{' '.join(command)}` was refused: {result.stderr.strip()}")
+    return result.stdout

@@ -1,0 +1,142 @@
+"""Submit a run's supervisor as one job through Submitit. The only module that imports submitit.
+
+The job's main process is our supervisor, not Submitit's pickled function: it hears the signals
+itself and imports the run's own snapshot of the code. Submitit 1.5.4's private `_submit_command`
+does that, called in one place for each executor.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from orchestrator.checks import time_limit_seconds
+from orchestrator.errors import SchedulerError
+from orchestrator.files import JsonLines
+from orchestrator.plan import TrainingPlan, read_plan
+from orchestrator.run_directory import RunDirectory
+
+SUPERVISOR = "orchestrator.slurm.supervisor"
+
+
+def check_scheduler(plan: TrainingPlan) -> None:
+    """Refuse a scheduler that is not here, before anything is written.
+
+    Raises:
+        SchedulerError: Slurm was asked for and `sbatch` is not found.
+    """
+    cluster = plan.settings.cluster
+    if cluster.scheduler == "slurm" and shutil.which("sbatch") is None:
+        raise SchedulerError(
+            f"cluster {cluster.name!r} is a Slurm cluster, and there is no `sbatch` on this machine; run this on a "
+            "login node, or take cluster=local for this machine"
+        )
+
+
+def submit(run: RunDirectory) -> str:
+    """Submit the supervisor of a run and record the job.
+
+    Returns:
+        the job's id.
+
+    Raises:
+        SchedulerError: the job could not be submitted; the output of the submission is in the message.
+    """
+    # In a process of its own session, so that a Ctrl-C in the launching terminal never reaches the job.
+    result = subprocess.run(
+        [sys.executable, "-P", "-m", "orchestrator.slurm.submission", str(run.path)],
+        env=code_environment(run),
+        cwd=run.path,
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        raise SchedulerError(f"the job of run {run.name} could not be submitted:\n{result.stderr.strip()[-2000:]}")
+    record = json.loads(result.stdout.splitlines()[-1])
+    lines = JsonLines(run.submissions)
+    lines.append(record)
+    lines.close()
+    return str(record["job_id"])
+
+
+def code_environment(run: RunDirectory) -> dict[str, str]:
+    """Return the environment in which a run's own snapshot of the code is imported."""
+    return {**os.environ, "PYTHONPATH": str(run.code), "PYTHONSAFEPATH": "1"}
+
+
+def supervisor_command(run: RunDirectory) -> str:
+    """Return the job's main process as a shell line."""
+    return shlex.join([sys.executable, "-P", "-m", SUPERVISOR, str(run.path)])
+
+
+def _submit_local(run: RunDirectory, plan: TrainingPlan) -> tuple[str, float]:
+    import submitit
+
+    executor = submitit.LocalExecutor(folder=run.jobs)
+    limit = time_limit_seconds(plan.settings.cluster.time_limit) or 0
+    executor.update_parameters(
+        timeout_min=limit / 60,
+        signal_delay_s=plan.settings.cluster.warning_seconds,
+        stderr_to_stdout=True,
+    )
+    job = executor._submit_command(supervisor_command(run))
+    return str(job.job_id), psutil.Process(int(job.job_id)).create_time()
+
+
+def _submit_slurm(run: RunDirectory, plan: TrainingPlan) -> tuple[str, float]:
+    import submitit
+
+    cluster = plan.settings.cluster
+    executor = submitit.SlurmExecutor(folder=run.jobs)
+    additional: dict[str, object] = {"requeue": True, "open_mode": "append", "dependency": "singleton"}
+    if cluster.account:
+        additional["account"] = cluster.account
+    executor.update_parameters(
+        job_name=f"orchestrate-{run.name}",
+        nodes=cluster.nodes,
+        ntasks_per_node=cluster.ranks_per_node,
+        time=(time_limit_seconds(cluster.time_limit) or 0) // 60,
+        signal_delay_s=cluster.warning_seconds,
+        use_srun=False,
+        stderr_to_stdout=True,
+        **({"gpus_per_node": cluster.ranks_per_node} if cluster.device == "cuda" else {}),
+        **({"partition": cluster.partition} if cluster.partition else {}),
+        additional_parameters=additional,
+        setup=[f"export PYTHONPATH={shlex.quote(str(run.code))} PYTHONSAFEPATH=1"],
+    )
+    job = executor._submit_command(f"exec {supervisor_command(run)}")
+    return str(job.job_id), 0.0
+
+
+def main(path: str) -> None:
+    """Submit, and print the job's record as JSON in the last line."""
+    run = RunDirectory(Path(path))
+    plan = read_plan(run.plan)
+    scheduler = plan.settings.cluster.scheduler
+    # The local executor's controller inherits these; a pipe would keep the launching command waiting.
+    answer = os.dup(1)
+    log = os.open(run.jobs / "controller.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    null = os.open(os.devnull, os.O_RDONLY)
+    errors = os.dup(2)
+    for target in (1, 2):
+        os.dup2(log, target)
+    os.dup2(null, 0)
+    try:
+        job_id, created = (_submit_slurm if scheduler == "slurm" else _submit_local)(run, plan)
+    except Exception:
+        os.dup2(errors, 2)
+        raise
+    record = {"time": time.time(), "scheduler": scheduler, "job_id": job_id, "process_created": created}
+    os.write(answer, (json.dumps(record) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
