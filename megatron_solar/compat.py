@@ -360,6 +360,13 @@ def load_state(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     return loaded
 
 
+def load_weights(chunk: GPTModel, folder: Path) -> None:
+    """Fill one unwrapped chunk with the weights of a torch_dist folder, without any optimizer; collective."""
+    wanted = {"model": chunk.sharded_state_dict(metadata=dict(NON_HOMOGENEOUS))}
+    with _quiet():
+        chunk.load_state_dict(dist_checkpointing.load(wanted, str(folder))["model"])
+
+
 def sharded_model_state(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
     """Describe a rank's weights as shards of the whole model, a key for each chunk."""
     return {

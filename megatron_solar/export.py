@@ -6,7 +6,7 @@ process reads them by their canonical keys.
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -111,6 +111,7 @@ def export(
         dtype=DTYPES[settings.training.precision],
         config_extra=config,
         tokenizer_files=tokenizer_files,
+        extra_files=_tokenizer_config(tokenizer_files),
         describe=lambda sums: {
             LINEAGE: json.dumps({**lineage, "tensors": dict(sums.tensors), "files": dict(sums.files)}, indent=2) + "\n"
         },
@@ -129,4 +130,13 @@ def _from_base(plan: TrainingPlan) -> tuple[list[Path], dict[str, object], objec
     manifest = read_manifest(data)
     ids = {"bos_token_id": manifest.begin_of_document, "eos_token_id": manifest.end_of_document}
     return [data / manifest.tokenizer_file], ids, None
+
+
+def _tokenizer_config(tokenizer_files: Sequence[Path]) -> dict[str, str]:
+    """Return a tokenizer_config.json for a lone SentencePiece model, which transformers needs to load it."""
+    if [file.name for file in tokenizer_files] != ["tokenizer.model"]:
+        return {}
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False,
+              "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # fmt: skip
+    return {"tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
 

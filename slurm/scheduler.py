@@ -59,6 +59,20 @@ def tell_to_end(run: RunDirectory) -> None:
             os.kill(process.pid, signal.SIGTERM)
 
 
+def warn_of_time_limit(run: RunDirectory) -> None:
+    """Send a local run's supervisor what its job's time limit sends: SIGUSR2, save and leave.
+
+    Raises:
+        SchedulerError: the run has no living supervisor on this machine.
+    """
+    attempts = run.attempts()
+    job = attempts[-1].read_job() if attempts else None
+    process = local_process(run)
+    if job is None or process is None or process.pid != job["process"]:
+        raise SchedulerError(f"run {run.name} has no supervisor on this machine to warn")
+    process.send_signal(signal.SIGUSR2)
+
+
 def _ask_slurm(job_id: str) -> JobAnswer:
     try:
         states = _run(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]).split()
