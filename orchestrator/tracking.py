@@ -266,7 +266,10 @@ class _Shipment:
         """Return the progress so far, unless this store does not know the run."""
         if not self._run.mlflow.exists():
             return None
-        progress = _Progress(**read_json(self._run.mlflow))
+        try:
+            progress = _Progress(**read_json(self._run.mlflow))
+        except TypeError:
+            return None  # of another version of this module; the run is found again by its tag
         if progress.uri != self._uri:
             return None
         try:
@@ -278,8 +281,8 @@ class _Shipment:
             return None
         if found.info.lifecycle_stage == "deleted":
             raise TrackingError(
-                f"run {self._run.name} was deleted in MLflow (its id there is {progress.run_id}); restore it there, "
-                f"or remove {self._run.mlflow} to have it made anew"
+                f"run {self._run.name} was deleted in MLflow (its id there is {progress.run_id}); restore it "
+                f"there, or remove {self._run.mlflow} to have it made anew"
             )
         return progress
 
@@ -288,9 +291,8 @@ class _Shipment:
         settings = self._plan.get("settings", {})
         experiment_id = self._experiment(settings.get("tracking", {}).get("experiment") or "orchestrate")
         identity = _identity(self._run, self._plan, attempts[0])
-        found = self._client.search_runs(
-            [experiment_id], f"tags.`{RUN_ID_TAG}` = '{identity}'", max_results=1
-        )
+        with_tag = f"tags.`{RUN_ID_TAG}` = '{identity}'"
+        found = self._client.search_runs([experiment_id], with_tag, max_results=1)
         if found:
             run = found[0]
         else:
@@ -307,9 +309,8 @@ class _Shipment:
             if key not in present
         ]
         for first in range(0, len(params), BATCH_PARAMS):
-            self._client.log_batch(
-                run.info.run_id, params=params[first : first + BATCH_PARAMS], synchronous=True
-            )
+            some = params[first : first + BATCH_PARAMS]
+            self._client.log_batch(run.info.run_id, params=some, synchronous=True)
         progress = _Progress(
             uri=self._uri, experiment_id=experiment_id, run_id=run.info.run_id, status=run.info.status
         )
@@ -364,14 +365,15 @@ class _Shipment:
         key = _key(attempt, attempt.events)
         try:
             for after, event in read_events(attempt.events, self._progress.offsets.get(key, 0)):
-                values = (
-                    _values_of(event) if event.step > self._progress.last_steps.get(event.kind, -1) else {}
-                )
+                is_new = event.step > self._progress.last_steps.get(event.kind, -1)
+                values = _values_of(event) if is_new else {}
                 if len(self._batch) + len(values) > BATCH_METRICS:
                     self._send_batch()
                     if deadline is not None and time.monotonic() > deadline:
                         return False
-                self._batch += [self._metric(name, value, event) for name, value in values.items()]
+                moment = _milliseconds(event.time)
+                for name, value in values.items():
+                    self._batch.append(self._mlflow.entities.Metric(name, value, moment, event.step))
                 self._progress.offsets[key] = after
                 if values:
                     self._progress.last_steps[event.kind] = event.step
@@ -391,11 +393,6 @@ class _Shipment:
             self._batch = []
         if self._events:
             self._save(self._progress)
-
-    def _metric(self, name: str, value: float, event: Event, model_id: str | None = None) -> Any:
-        return self._mlflow.entities.Metric(
-            name, value, _milliseconds(event.time), event.step, model_id=model_id
-        )
 
     def _send_checkpoints(self, attempt: AttemptDirectory) -> None:
         """Make a logged model of each checkpoint that the supervisor has marked as complete."""
@@ -559,8 +556,8 @@ def _milliseconds(seconds: float) -> int:
 
 def _unreachable(run: RunDirectory, uri: str, found: str) -> TrackingError:
     return TrackingError(
-        f"run {run.name} could not be shipped to {without_password(uri)}: {found}; nothing is lost, the events stay in "
-        f"the run's folder. Mend the store, then `orchestrate ui` ships them"
+        f"run {run.name} could not be shipped to {without_password(uri)}: {found}; nothing is "
+        f"lost, the events stay in the run's folder. Mend the store, then `orchestrate ui` ships them"
     )
 
 
@@ -580,7 +577,8 @@ def _load_mlflow() -> ModuleType:
         import mlflow.store.tracking.sqlalchemy_store
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return mlflow
+    loaded: ModuleType = mlflow
+    return loaded
 
 
 def _ship_when_free(run: RunDirectory) -> ShipReport:
@@ -680,9 +678,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Ship a run once, or follow one of its attempts to its end."""
     parser = argparse.ArgumentParser(prog="python -m orchestrator.tracking", description=main.__doc__)
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument(
-        "--follow", type=int, metavar="ATTEMPT", help="ship until this attempt's outcome is there"
-    )
+    parser.add_argument("--follow", type=int, metavar="ATTEMPT", help="ship until this attempt has ended")
+    parser.add_argument("--interval", type=float, default=INTERVAL_SECONDS, metavar="SECONDS")
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)sZ tracking %(levelname)s %(message)s")
     logging.Formatter.converter = time.gmtime
@@ -700,9 +697,10 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, signal.SIG_IGN)
     os.nice(10)
     outcome, parent = run.attempt(chosen.follow).outcome, os.getppid()
-    report = follow(run, lambda: outcome.exists() or os.getppid() != parent)
-    if report is not None:
-        log.info("MLflow has run %s", report.run_id)
+    # A supervisor that was killed writes no outcome; its child is then somebody else's.
+    last = follow(run, lambda: outcome.exists() or os.getppid() != parent, chosen.interval)
+    if last is not None:
+        log.info("MLflow has run %s", last.run_id)
     return 0
 
 

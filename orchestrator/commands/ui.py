@@ -160,8 +160,8 @@ def _serve(uri: str, port: int, page: str) -> None:
             _wait_until_ready(server, port, output)
             click.echo(page)
             click.echo(
-                f"from another machine: ssh -L {port}:{ADDRESS}:{port} {getpass.getuser()}@{socket.gethostname()}\n"
-                "Ctrl-C ends it",
+                f"from another machine: ssh -L {port}:{ADDRESS}:{port} "
+                f"{getpass.getuser()}@{socket.gethostname()}\nCtrl-C ends it",
                 err=True,
             )
             server.wait()
@@ -179,19 +179,8 @@ def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
 def _server_command(uri: str, port: int) -> list[str]:
     from orchestrator.tracking import artifact_location
 
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        ADDRESS,
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
+    command = [sys.executable, "-P", "-m", "mlflow", "server", "--workers", "1"]
+    command += ["--host", ADDRESS, "--port", str(port)]
     command += ["--backend-store-uri", uri, "--no-serve-artifacts", "--uvicorn-opts", "--log-level=warning"]
     location = artifact_location(uri)
     return command if location is None else [*command, "--default-artifact-root", location]
