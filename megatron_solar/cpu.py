@@ -90,18 +90,11 @@ PATCHES = (
         reason="the random tracker sets the state of the device's generator",
     ),
     Patch(
-        name="manual_seed",
-        owner=torch.cuda,
-        attribute="manual_seed",
-        replacement=lambda _: torch.manual_seed,
-        reason="the random tracker seeds the device's generator",
-    ),
-    Patch(
         name="lazy_call",
         owner=torch.cuda,
         attribute="_lazy_call",
         replacement=lambda _: lambda call, **options: call(),
-        reason="random states are set when CUDA is initialized, which never happens here",
+        reason="random states wait for CUDA in a queue that would grow with every layer of every step",
     ),
     Patch(
         name="tensor_cuda",

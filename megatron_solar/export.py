@@ -22,6 +22,7 @@ from orchestrator.checkpoints import Checkpoint, damage
 from orchestrator.errors import CheckpointError
 from orchestrator.plan import TrainingPlan
 from orchestrator.settings import RANDOM_BASE
+from orchestrator.tokenize import hugging_face
 from orchestrator.tokenize.manifest import read_manifest
 from orchestrator.version import VERSION
 
@@ -111,7 +112,7 @@ def export(
         dtype=DTYPES[settings.training.precision],
         config_extra=config,
         tokenizer_files=tokenizer_files,
-        extra_files=_tokenizer_config(tokenizer_files),
+        extra_files=_made_tokenizer(tokenizer_files),
         describe=lambda sums: {
             LINEAGE: json.dumps({**lineage, "tensors": dict(sums.tensors), "files": dict(sums.files)}, indent=2) + "\n"
         },
@@ -132,11 +133,6 @@ def _from_base(plan: TrainingPlan) -> tuple[list[Path], dict[str, object], objec
     return [data / manifest.tokenizer_file], ids, None
 
 
-def _tokenizer_config(tokenizer_files: Sequence[Path]) -> dict[str, str]:
-    """Return a tokenizer_config.json for a lone SentencePiece model, which transformers needs to load it."""
-    if [file.name for file in tokenizer_files] != ["tokenizer.model"]:
-        return {}
-    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False,
-              "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # fmt: skip
-    return {"tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
-
+def _made_tokenizer(files: Sequence[Path]) -> dict[str, str]:
+    """Return the tokenizer.json that a lone SentencePiece model lacks."""
+    return hugging_face.tokenizer_files(files[0]) if [file.name for file in files] == ["tokenizer.model"] else {}
