@@ -51,15 +51,14 @@ class CheckpointTensors:
 
     def __call__(self, key: str) -> Tensor:
         """Read one whole tensor."""
-        stored = f"model.{key}" if f"model.{key}" in self._sizes else key
-        facts = self._sizes.get(stored)
+        facts = self._sizes.get(key)
         if not isinstance(facts, TensorStorageMetadata):
             raise CheckpointError(f"checkpoint {self._checkpoint.name} has no tensor {key}; it is of another model")
-        wanted = {stored: torch.empty(facts.size, dtype=facts.properties.dtype)}
+        wanted = {key: torch.empty(facts.size, dtype=facts.properties.dtype)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it notes that one process reads, which is the intent
             load(wanted, storage_reader=self._reader, planner=DefaultLoadPlanner(), no_dist=True)
-        return wanted[stored]
+        return wanted[key]
 
 
 def export(

@@ -134,7 +134,7 @@ def test_every_tensor_of_a_checkpoint_is_the_models_or_the_optimizers(trainer: T
     trainer.train(run, plan)
     keys = set(CheckpointTensors(choose_checkpoint(run, 1)).keys())
     weights = set(canonical_keys(plan.settings.model))
-    states = {f"optimizer.state.{kind}.{key}" for kind in ("exp_avg", "exp_avg_sq", "fp32_param") for key in weights}
+    states = {f"optimizer.state.{kind}.{key}" for kind in ("exp_avg", "exp_avg_sq", "param") for key in weights}
     assert keys == weights | states
 
 

@@ -1,0 +1,201 @@
+"""A launched run under its supervisor: Submitit's local executor, real ranks, faults caused for real."""
+
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator.checkpoints import complete_checkpoints
+from orchestrator.config import compose
+from orchestrator.errors import RunError
+from orchestrator.events import StepEvent, read_events
+from orchestrator.files import read_json
+from orchestrator.launch import cancel, launch, resume
+from orchestrator.plan import make_plan
+from orchestrator.reconcile import ENDED, State
+from orchestrator.run_directory import RunDirectory
+from orchestrator.slurm.scheduler import local_process, warn_of_time_limit
+from orchestrator.status import RunStatus, read_status
+from tests.conftest import SMALL
+
+DEADLINE_SECONDS = 180
+
+
+@pytest.fixture
+def start(tmp_path: Path, corpus: Path) -> Iterator[Callable[..., RunDirectory]]:
+    """Launch runs, and end what a failing test has left."""
+    made: list[RunDirectory] = []
+
+    def start(*overrides: str, steps: int = 12, recipe: str = "demo-base") -> RunDirectory:
+        settings = compose(
+            recipe,
+            [
+                *SMALL,
+                f"data.train={corpus / 'train'}",
+                f"data.validation={corpus / 'validation'}",
+                f"paths.runs={tmp_path / 'runs'}",
+                f"name=run-{len(made)}",
+                f"training.tokens={steps * 4 * 32}",
+                *overrides,
+            ],
+        )
+        run = launch(make_plan(settings), "a test")
+        made.append(run)
+        return run
+
+    yield start
+    for run in made:
+        process = local_process(run)
+        if process is not None:
+            for child in process.children(recursive=True):
+                child.kill()
+            process.kill()
+
+
+def wait_for(what: str, condition: Callable[[], bool], run: RunDirectory) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in run.jobs.glob("*.out"))
+            raise AssertionError(f"waited {DEADLINE_SECONDS} s for {what}: {read_status(run)}\n{logs}")
+        time.sleep(0.05)
+
+
+def step_of(run: RunDirectory) -> int:
+    attempts = run.attempts()
+    events = [e for a in attempts for _, e in read_events(a.events) if isinstance(e, StepEvent)]
+    return events[-1].step if events else 0
+
+
+def wait_to_end(run: RunDirectory) -> RunStatus:
+    wait_for("the end", lambda: read_status(run).state in ENDED, run)
+    return read_status(run)
+
+
+def ranks_of(run: RunDirectory) -> list[psutil.Process]:
+    """Return the forked ranks: the children of the preloaded process."""
+    process = local_process(run)
+    assert process is not None
+    preload = next(child for child in process.children(recursive=True) if "megatron_solar.preload" in child.cmdline())
+    return preload.children()
+
+
+def steps_in_mlflow(run: RunDirectory) -> list[int]:
+    """Read the loss's steps straight from the store's tables."""
+    store = Path(run.path.parent.parent) / "mlflow.db"
+    with sqlite3.connect(store) as connection:
+        rows = connection.execute("SELECT step FROM metrics WHERE key = 'train/loss' ORDER BY step").fetchall()
+        runs = connection.execute("SELECT COUNT(*) FROM runs").fetchone()
+    assert runs == (1,)
+    return [row[0] for row in rows]
+
+
+def test_a_time_limits_warning_saves_leaves_and_goes_on_as_a_second_attempt_of_one_mlflow_run(
+    start: Callable[..., RunDirectory],
+) -> None:
+    run = start("layout.tensor_parallel=2", "cluster.ranks_per_node=2", steps=80)
+    wait_for("step 5", lambda: step_of(run) >= 5, run)
+    warn_of_time_limit(run)
+    status = wait_to_end(run)
+
+    first, second = (attempt.read_outcome() for attempt in run.attempts())
+    assert first is not None and second is not None
+    assert (status.state, status.step, status.attempts) == (State.FINISHED, 80, 2)
+    assert (first["cause"], first["action"], set(first["exit_codes"].values())) == ("time_limit", "requeue", {75})
+    assert (second["cause"], second["action"], set(second["exit_codes"].values())) == ("finished", "finish", {0})
+    assert second["first_step"] == first["last_step"] + 1  # nothing repeated, nothing left out
+    assert complete_checkpoints(run)[-1].step == 80
+    wait_for("the job's end", lambda: local_process(run) is None, run)  # the rest is shipped by then
+    assert steps_in_mlflow(run) == list(range(1, 81))
+    assert read_json(run.provenance)["packages"]["megatron-core"] == "0.16.1"
+    with pytest.raises(RunError, match="has done all its 80 steps"):
+        resume(run)
+
+
+def test_a_killed_rank_restarts_from_the_last_checkpoint_in_the_same_job(start: Callable[..., RunDirectory]) -> None:
+    run = start("cluster.ranks_per_node=2", "checkpoint.interval_steps=4", steps=300)
+    wait_for("a checkpoint", lambda: any(c.step >= 4 for c in complete_checkpoints(run)), run)
+    victim = ranks_of(run)[1]
+    victim.kill()
+    wait_for("the second attempt", lambda: len(run.attempts()) == 2, run)
+    outcome = run.attempts()[0].read_outcome()
+    assert outcome is not None
+    assert (outcome["cause"], outcome["action"]) == ("rank_killed", "restart")
+    assert "was killed by SIGKILL" in outcome["message"]
+    assert outcome["saved_step"] >= 4
+    wait_for("more steps", lambda: step_of(run) > outcome["last_step"], run)
+    jobs = {str(attempt.read_job()["job_id"]) for attempt in run.attempts()}  # type: ignore[index]
+    assert len(jobs) == 1
+
+    cancel(run)
+    status = wait_to_end(run)
+    assert status.state == State.CANCELLED
+    assert complete_checkpoints(run)[-1].step == status.step  # it saved before it left
+    wait_for("an empty machine", lambda: not processes_of(run), run)
+
+
+def processes_of(run: RunDirectory) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if str(run.path) in " ".join(p.info["cmdline"] or [])]
+
+
+def test_a_cancelled_run_goes_on_from_where_it_saved_when_it_is_resumed(start: Callable[..., RunDirectory]) -> None:
+    run = start(steps=60)
+    wait_for("step 3", lambda: step_of(run) >= 3, run)
+    cancel(run)
+    cancelled = wait_to_end(run)
+    assert cancelled.state == State.CANCELLED and 3 <= cancelled.step < 60
+    wait_for("the job's end", lambda: local_process(run) is None, run)
+    resume(run)
+    status = wait_to_end(run)
+    assert (status.state, status.step, status.attempts) == (State.FINISHED, 60, 2)
+    assert status.attempt_list[1].first_step == cancelled.step + 1
+
+
+def test_an_exception_in_a_rank_is_what_the_user_sees_and_nothing_is_started_again(
+    start: Callable[..., RunDirectory], tmp_path: Path
+) -> None:
+    run = start("cluster.ranks_per_node=2", steps=2000)
+    wait_for("step 3", lambda: step_of(run) >= 3, run)
+    # The stop request is read by rank 0: one that cannot be read is an exception in a real place.
+    run.attempts()[0].stop_request.write_text('{"reason": "no such reason"}')
+    status = wait_to_end(run)
+    assert status.state == State.FAILED
+    assert status.attempts == 1
+    assert "ValueError" in status.reason and "rank 0" in status.reason
+    failure = read_json(run.attempts()[0].rank_failure(0))
+    assert "STOP_REASONS.index" in failure["traceback"]
+    assert failure["step"] >= 3
+
+
+def test_a_supervisor_that_is_killed_takes_its_ranks_along_and_the_run_can_be_resumed(
+    start: Callable[..., RunDirectory],
+) -> None:
+    run = start("checkpoint.interval_steps=4", steps=60)
+    wait_for("a checkpoint", lambda: any(c.step >= 4 for c in complete_checkpoints(run)), run)
+    ranks = ranks_of(run)
+    process = local_process(run)
+    assert process is not None and ranks
+    os.kill(process.pid, signal.SIGKILL)
+    psutil.wait_procs(ranks, timeout=20)
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    wait_for("the job's end", lambda: local_process(run) is None, run)
+    status = read_status(run)
+    assert status.state == State.FAILED
+    assert "supervisor_lost" in status.reason
+    resume(run)
+    assert wait_to_end(run).state == State.FINISHED
+
+
+def test_a_local_time_limit_is_real(start: Callable[..., RunDirectory]) -> None:
+    run = start("cluster.time_limit=0:01:00", "cluster.warning_seconds=40", steps=100000)
+    wait_for("the second attempt's steps", lambda: len(run.attempts()) >= 2, run)
+    outcome = run.attempts()[0].read_outcome()
+    assert outcome is not None
+    assert (outcome["cause"], outcome["action"]) == ("time_limit", "requeue")
+    cancel(run)
+    assert wait_to_end(run).state == State.CANCELLED
