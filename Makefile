@@ -1,0 +1,50 @@
+# Set-up, demo, tests and checks. `make` alone lists the targets.
+# Every target makes what it needs: .venv is set up once, and again when pyproject.toml changes.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+SET_UP := $(VENV)/.set-up
+# Before the rest, so that no other package chooses a torch. Measured with this one; see docs/log.md.
+TORCH := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check wheel-check clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+demo: $(SET_UP)  ## set-up, then the whole path on this machine: about 5 minutes on two cores
+	@$(VENV)/bin/orchestrate demo
+	@echo
+	@echo "For your own work: $(VENV)/bin/orchestrate --help, or 'source $(VENV)/bin/activate' and then orchestrate."
+
+test: $(SET_UP)  ## set-up, then every test: about 15 minutes on two cores
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@echo
+	@echo "For your own work: $(VENV)/bin/orchestrate --help, or 'source $(VENV)/bin/activate' and then orchestrate."
+
+check: $(SET_UP)  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+wheel-check: $(SET_UP)  ## build sdist and wheel, install them into a clean environment, and work there
+	$(VENV)/bin/python tests/wheel_check.py $(TORCH)
+
+clean:  ## remove .venv, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(SET_UP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, and no python3 is on PATH; install it, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; found = sys.version_info[:2]; sys.exit(0 if (3, 11) <= found < (3, 13) else "Python 3.11 or 3.12 is needed, $(PYTHON) is %d.%d; install python3.11, or say make PYTHON=/path/to/python3.11" % found)'
+	@command -v g++ > /dev/null || { echo "g++ is needed, and not on PATH; install it, e.g. apt install g++" >&2; exit 1; }
+	@echo "set-up 1/3: a virtual environment in $(VENV), with $$($(PYTHON) --version)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "set-up 2/3: PyTorch, the largest part (README.md says how large)"
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check $(TORCH)
+	@echo "set-up 3/3: megatron-core, MLflow and the other requirements, about 130 packages"
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+	@echo "set-up done: $$(du -sh $(VENV) | cut -f1) in $(VENV)"
