@@ -167,6 +167,10 @@ def test_modules_are_found_through_the_links() -> None:
     assert "submitit" in imports()["orchestrator.slurm.submission"]  # an import inside a function
 
 
+def test_every_module_has_a_layer() -> None:
+    assert min(map(layer_of, module_files())) == 0
+
+
 def test_imports_point_to_the_own_layer_or_a_lower_one() -> None:
     upward = [
         f"{module} (layer {layer_of(module)}) imports {other} (layer {layer_of(other)})"
@@ -245,7 +249,7 @@ def test_no_file_holds_the_address_of_a_package_index_or_a_path_of_a_machine() -
         if (REPOSITORY / name).is_file() and not (REPOSITORY / name).is_symlink()
     }
     assert len(texts) > 60
-    assert unwanted.search("https://" + "pypi.org" + "/simple")
+    assert unwanted.search("https://pypi" + ".org/simple")
     assert {name: found[0] for name, text in texts.items() if (found := unwanted.search(text))} == {}
 
 
