@@ -96,7 +96,12 @@ def _submit_slurm(run: RunDirectory, plan: TrainingPlan) -> tuple[str, float]:
 
     cluster = plan.settings.cluster
     executor = submitit.SlurmExecutor(folder=run.jobs)
-    additional: dict[str, object] = {"requeue": True, "open_mode": "append", "dependency": "singleton"}
+    # B: the warning goes to the job's main process, which is the supervisor, and not to the ranks.
+    additional: dict[str, object] = {
+        "requeue": True,
+        "dependency": "singleton",
+        "signal": f"B:USR2@{cluster.warning_seconds}",
+    }
     if cluster.account:
         additional["account"] = cluster.account
     executor.update_parameters(
@@ -104,7 +109,6 @@ def _submit_slurm(run: RunDirectory, plan: TrainingPlan) -> tuple[str, float]:
         nodes=cluster.nodes,
         ntasks_per_node=cluster.ranks_per_node,
         time=(time_limit_seconds(cluster.time_limit) or 0) // 60,
-        signal_delay_s=cluster.warning_seconds,
         use_srun=False,
         stderr_to_stdout=True,
         **({"gpus_per_node": cluster.ranks_per_node} if cluster.device == "cuda" else {}),

@@ -207,10 +207,12 @@ class Supervisor:
     def _requeue(self) -> None:
         """Have the run go on in another job."""
         job = os.environ.get("SLURM_JOB_ID")
-        if job is not None:
-            subprocess.run(["scontrol", "requeue", job], check=True)
-            signal.pause()  # Slurm ends this process
-        log.info("goes on as job %s", submit(self._run))
+        if job is None:
+            log.info("goes on as job %s", submit(self._run))
+            return
+        log.info("requeues job %s", job)
+        subprocess.run(["scontrol", "requeue", job], check=True)
+        signal.pause()  # Slurm's TERM follows at once
 
 
 def mark_written(run: RunDirectory, attempt: AttemptDirectory, offset: int, notes: JsonLines) -> int:
