@@ -10,9 +10,9 @@ import importlib.util
 import logging
 import queue
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -235,7 +235,7 @@ def set_learning_rate(optimizer: Any, learning_rate: float, weight_decay: float)
 def run_schedule(
     forward_step: Callable[..., Any],
     chunks: Sequence[Any],
-    batches: Sequence[Sequence[dict[str, Tensor]]],
+    batches: Sequence[dict[str, Tensor]],
     layout: ParallelLayout,
     sequence_length: int,
     *,
@@ -246,7 +246,7 @@ def run_schedule(
     Returns:
         the loss of each micro-batch on the last stage, an empty list elsewhere.
     """
-    iterators: list[Iterator[dict[str, Tensor]]] = [cast(Any, iter(batches)) for _ in chunks]
+    iterators = [iter(batches) for _ in chunks]
     results: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -429,8 +429,8 @@ def _prefill(adam: torch.optim.Optimizer) -> None:
 def _write_in_process(
     transforms: Any, use_msc: bool, rank: int, write_buckets: Sequence[Any], results_queue: "queue.Queue[Any]"
 ) -> None:
-    results: "queue.Queue[Any]" = queue.Queue()
-    counts: "queue.Queue[Any]" = queue.Queue()
+    results: queue.Queue[Any] = queue.Queue()
+    counts: queue.Queue[Any] = queue.Queue()
     written: dict[int, Any] = {}
     outcome: Any = written
     for index, bucket in enumerate(write_buckets):

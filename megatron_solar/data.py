@@ -38,7 +38,9 @@ class Samples:
     validation: Any | None
     fingerprint: str
 
-    def micro_batches(self, split: Any, first_sample: int, layout: ParallelLayout, count: int, device: str) -> list[dict[str, Tensor]]:
+    def micro_batches(
+        self, split: Any, first_sample: int, layout: ParallelLayout, count: int, device: str
+    ) -> list[dict[str, Tensor]]:
         """Return `count` micro-batches of this rank, from a global sample number on.
 
         Micro-batch m of data-parallel rank d holds samples first + (m * DP + d) * MBS + [0, MBS).

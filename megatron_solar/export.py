@@ -123,7 +123,9 @@ def _from_base(plan: TrainingPlan) -> tuple[list[Path], dict[str, object], objec
     settings = plan.settings
     if settings.base != RANDOM_BASE and Path(settings.base).is_dir():
         folder = ModelFolder.open(Path(settings.base))
-        ids = {key: folder.config[key] for key in ("bos_token_id", "eos_token_id") if key in folder.config}
+        ids: dict[str, object] = {
+            key: folder.config[key] for key in ("bos_token_id", "eos_token_id") if key in folder.config
+        }
         path = folder.path / LINEAGE
         return folder.tokenizer_files(), ids, json.loads(path.read_text()) if path.exists() else None
     data = Path(settings.data.train[0])

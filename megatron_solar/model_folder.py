@@ -197,7 +197,10 @@ def open_base(path: Path, shape: TransformerShape) -> ModelFolder:
         f"{getattr(shape, field.name)}"
         for field in fields(shape)
         if getattr(folder.shape, field.name) != getattr(shape, field.name)
-        and not (field.name == "max_position_embeddings" and shape.max_position_embeddings < getattr(folder.shape, field.name))
+        and not (
+            field.name == "max_position_embeddings"
+            and shape.max_position_embeddings < getattr(folder.shape, field.name)
+        )
     ]
     if differing:
         raise ModelFolderError(f"the base {path} is not of the shape in the settings:", differing)
@@ -332,9 +335,7 @@ def _uncovered(config: Mapping[str, Any]) -> list[str]:
     ]
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key)
-        kind = (
-            (rope.get("rope_type") or rope.get("type") or "default") if isinstance(rope, dict) else "default"
-        )
+        kind = (rope.get("rope_type") or rope.get("type") or "default") if isinstance(rope, dict) else "default"
         if kind != "default":
             found.append(f"{key} asks for rope scaling of type {kind!r}, which is not covered yet")
     return found
@@ -442,9 +443,7 @@ def _plan_shards(shape: TransformerShape, dtype: torch.dtype, shard_bytes: int) 
     ]
 
 
-def _header_of(
-    group: Mapping[str, int], expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-) -> bytes:
+def _header_of(group: Mapping[str, int], expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor_bytes in group.items():

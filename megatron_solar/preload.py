@@ -6,6 +6,7 @@ The clients are `orchestrator/slurm/rank_client.py`.
 """
 
 import array
+import contextlib
 import ctypes
 import gc
 import json
@@ -123,7 +124,7 @@ def _forward(client: socket.socket, process: int, selector: selectors.BaseSelect
 
 
 def _ended_children() -> list[tuple[int, int]]:
-    ended = []
+    ended: list[tuple[int, int]] = []
     while True:
         try:
             process, status = os.waitpid(-1, os.WNOHANG)
@@ -135,10 +136,8 @@ def _ended_children() -> list[tuple[int, int]]:
 
 
 def _answer(client: socket.socket, code: int) -> None:
-    try:
+    with contextlib.suppress(OSError):  # the client died first
         client.sendall(code.to_bytes(4, "little", signed=True))
-    except OSError:
-        pass  # the client died first
     client.close()
 
 

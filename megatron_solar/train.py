@@ -109,7 +109,6 @@ def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, w
             save(step)
         validate(step)
 
-    saved_at = step
     stop_reason = ""
     while step < plan.total_steps and not stop_reason:
         step_started = time.monotonic()
@@ -120,9 +119,7 @@ def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, w
         for chunk in replica.chunks:
             chunk.zero_grad_buffer()
         replica.optimizer.zero_grad()
-        losses = compat.run_schedule(
-            _forward_step, replica.chunks, batches, layout, settings.data.sequence_length
-        )
+        losses = compat.run_schedule(_forward_step, replica.chunks, batches, layout, settings.data.sequence_length)
         loss, stop_reason = _agree(losses, plan, attempt)
         if not math.isfinite(loss):
             raise NotFiniteError(f"the loss of step {step + 1} is {loss}; the weights are those of step {step}")

@@ -200,9 +200,7 @@ def _lineage_of(base: ModelFolder, plan: UpscalePlan, checksums: Checksums) -> L
             num_layers=plan.base_shape.num_layers,
             parameters=plan.base_shape.parameters(),
             tensors=tensors,
-            files={
-                file.name: sha256_of(file) for file in [base.path / "config.json", *base.tokenizer_files()]
-            },
+            files={file.name: sha256_of(file) for file in [base.path / "config.json", *base.tokenizer_files()]},
         ),
         result=ModelRecord(
             num_layers=plan.shape.num_layers,

@@ -23,6 +23,8 @@ from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.run_directory import RunDirectory
 
 SAMPLES = 4
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What was found."""

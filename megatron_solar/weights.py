@@ -122,9 +122,7 @@ def rank_part(key: str, whole: Tensor, tensor_rank: int, tensor_parallel: int) -
     return whole
 
 
-def to_hugging_face(
-    shape: TransformerShape, read: Callable[[str], Tensor]
-) -> Iterator[tuple[str, Tensor]]:
+def to_hugging_face(shape: TransformerShape, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield every Hugging Face tensor, reading one canonical tensor at a time.
 
     Args:
@@ -152,4 +150,4 @@ def _split_qkv(whole: Tensor, shape: TransformerShape) -> list[Tensor]:
     groups, head = shape.num_query_groups, shape.head_size
     grouped = whole.reshape(groups, -1, shape.hidden_size)
     queries = shape.num_attention_heads // groups * head
-    return [part.reshape(-1, shape.hidden_size) for part in grouped.split([queries, head, head], dim=1)]
+    return [part.reshape(-1, shape.hidden_size) for part in torch.split(grouped, [queries, head, head], dim=1)]

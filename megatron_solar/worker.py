@@ -90,7 +90,9 @@ def join(attempt: AttemptDirectory, rank: int, world_size: int, backend: str) ->
         deadline = time.monotonic() + RENDEZVOUS_SECONDS
         while not attempt.rendezvous.exists():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"rank 0 did not say where it listens within {RENDEZVOUS_SECONDS} s: {attempt.rendezvous}")
+                raise TimeoutError(
+                    f"rank 0 did not say where it listens within {RENDEZVOUS_SECONDS} s: {attempt.rendezvous}"
+                )
             time.sleep(0.02)
         where = read_json(attempt.rendezvous)
         store = torch.distributed.TCPStore(where["host"], where["port"], world_size, is_master=False, timeout=timeout)

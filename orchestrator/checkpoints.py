@@ -43,7 +43,13 @@ def checkpoint_name(step: int, attempt: int) -> str:
 
 
 def mark_complete(
-    path: Path, *, step: int, attempt: int, consumed_samples: int, data_fingerprint: str, files: dict[str, dict[str, Any]]
+    path: Path,
+    *,
+    step: int,
+    attempt: int,
+    consumed_samples: int,
+    data_fingerprint: str,
+    files: dict[str, dict[str, Any]],
 ) -> Checkpoint:
     """Write the marker of a checkpoint whose files are all on disk.
 

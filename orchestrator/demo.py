@@ -71,14 +71,16 @@ def run_demo(folder: Path, text: Path | None, say: Callable[[str], None]) -> Dem
     if folder.exists():
         raise OrchestrateError(f"the demo's folder {folder} exists already; name another with --output")
     folder.mkdir(parents=True)
-    say("1/8 text: the Python standard library's sources and their documentation" if text is None else f"1/8 text: {text}")
+    say(
+        "1/8 text: the Python standard library's sources and their documentation"
+        if text is None
+        else f"1/8 text: {text}"
+    )
     corpus = text if text is not None else write_standard_library(folder / "text.jsonl")
 
     say("2/8 tokenize: a 32k SentencePiece vocabulary into Megatron's .bin/.idx, one document in 20 held out")
     train, validation = folder / "data" / "train", folder / "data" / "validation"
-    tokenize_corpus(
-        [corpus], vocabulary, train, validation_output=validation, validation_every=VALIDATION_EVERY
-    )
+    tokenize_corpus([corpus], vocabulary, train, validation_output=validation, validation_every=VALIDATION_EVERY)
     data = [f"data.train={train}", f"data.validation={validation}"]
 
     say("3/8 base: 8 layers trained from new weights, one rank, then exported")

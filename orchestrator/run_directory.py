@@ -240,7 +240,9 @@ def find_run(reference: str, runs: Path) -> RunDirectory:
     if len(matching) == 1:
         return matching[0]
     if matching:
-        raise RunError(f"{reference!r} fits several runs: {', '.join(run.name for run in matching[:5])}; write more of it")
+        raise RunError(
+            f"{reference!r} fits several runs: {', '.join(run.name for run in matching[:5])}; write more of it"
+        )
     if not known:
         raise RunError(f"no run named {reference!r}: {runs} holds none; start one with `orchestrate launch`")
     raise RunError(f"no run named {reference!r} in {runs}; {nearest(reference, [run.name for run in known])}")

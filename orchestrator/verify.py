@@ -25,7 +25,9 @@ class Verified:
     """The prompt and what the exported model made of it, greedily."""
 
 
-def verify_export(run: RunDirectory, checkpoint: Checkpoint, folder: Path, prompt: str = "import os\n\ndef ") -> Verified:
+def verify_export(
+    run: RunDirectory, checkpoint: Checkpoint, folder: Path, prompt: str = "import os\n\ndef "
+) -> Verified:
     """Run the same tokens through the trained Megatron model and through transformers on the exported folder.
 
     Raises:

@@ -46,7 +46,9 @@ class Preload:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.close()
                 tail = self._log.read_text(errors="replace")[-2000:]
-                raise OrchestrateError(f"the process that forks the ranks did not start; its log {self._log} ends:\n{tail}")
+                raise OrchestrateError(
+                    f"the process that forks the ranks did not start; its log {self._log} ends:\n{tail}"
+                )
             time.sleep(0.02)
 
     @property

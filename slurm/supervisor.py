@@ -23,14 +23,21 @@ import psutil
 
 from orchestrator import exit_codes
 from orchestrator.checkpoints import complete_checkpoints, mark_complete
-from orchestrator.events import CheckpointEvent, CheckpointWrittenEvent, StartEvent, StepEvent, event_record, read_events
+from orchestrator.events import (
+    CheckpointEvent,
+    CheckpointWrittenEvent,
+    StartEvent,
+    StepEvent,
+    event_record,
+    read_events,
+)
 from orchestrator.exit_codes import CAUSE_OF_CODE, Cause
 from orchestrator.files import JsonLines, read_json, read_json_lines, write_json
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.recovery import Action, Decision, Ending, decide
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
-from orchestrator.slurm.ranks import Preload, Ranks, code_environment, start_ranks
-from orchestrator.slurm.submission import submit
+from orchestrator.slurm.ranks import Preload, Ranks, start_ranks
+from orchestrator.slurm.submission import code_environment, submit
 
 POLL_SECONDS = 0.05
 PEER_GRACE_SECONDS = 5.0
@@ -162,7 +169,8 @@ class Supervisor:
         submissions = [record for _, record in read_json_lines(self._run.submissions)]
         return {
             "scheduler": self._plan.settings.cluster.scheduler,
-            "job_id": os.environ.get("SLURM_JOB_ID") or (submissions[-1]["job_id"] if submissions else str(os.getppid())),
+            "job_id": os.environ.get("SLURM_JOB_ID")
+            or (submissions[-1]["job_id"] if submissions else str(os.getppid())),
             "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             "process": os.getpid(),
             "process_created": psutil.Process().create_time(),

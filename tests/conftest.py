@@ -68,7 +68,9 @@ class Trainer:
         self._count = 0
         self._preload: Preload | None = None
 
-    def make_run(self, *overrides: str, steps: int = 20, recipe: str = "demo-base") -> tuple[RunDirectory, TrainingPlan]:
+    def make_run(
+        self, *overrides: str, steps: int = 20, recipe: str = "demo-base"
+    ) -> tuple[RunDirectory, TrainingPlan]:
         """Make a run's folder with its plan; its code is this checkout."""
         self._count += 1
         settings = compose(

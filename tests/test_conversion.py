@@ -113,9 +113,7 @@ def test_an_upscaled_base_trains_at_tp2_and_its_export_has_the_logits_of_the_tra
         verify_export(run, choose_checkpoint(run, 3), tmp_path / "upscaled")
 
 
-def test_the_tokenizer_of_an_export_gives_sentencepieces_ids(
-    trainer: Trainer, tmp_path: Path, tokenizer: Path
-) -> None:
+def test_the_tokenizer_of_an_export_gives_sentencepieces_ids(trainer: Trainer, tmp_path: Path, tokenizer: Path) -> None:
     import sentencepiece
 
     run, plan = trainer.make_run(steps=1)
@@ -124,7 +122,16 @@ def test_the_tokenizer_of_an_export_gives_sentencepieces_ids(
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
     source = Path(dataclasses.__file__).read_text()
-    texts = ["", " ", "a  b   c", "  indented\n\ttabs", "naïve café, 한국어, 日本語, 🙂", "\x00", *source.splitlines(), source]
+    texts = [
+        "",
+        " ",
+        "a  b   c",
+        "  indented\n\ttabs",
+        "naïve café, 한국어, 日本語, 🙂",
+        "\x00",
+        *source.splitlines(),
+        source,
+    ]
     for text in texts:
         assert loaded(text).input_ids == [reference.bos_id(), *reference.encode(text)]
 

@@ -43,7 +43,7 @@ def stop_after(trainer: Trainer, run: RunDirectory, plan: TrainingPlan, step: in
 
 def final_tensors(run: RunDirectory) -> dict[str, torch.Tensor]:
     read = CheckpointTensors(choose_checkpoint(run, STEPS))
-    return {key: read(key) for key in read.keys()}
+    return {key: read(key) for key in read.keys()}  # noqa: SIM118
 
 
 @pytest.mark.parametrize("overrides", LAYOUTS)

@@ -7,7 +7,7 @@ in docs/log.md.
 import pytest
 import torch
 
-from tests.conftest import Trainer, events_of, losses, relative_difference, validation_losses
+from tests.conftest import Trainer, losses, relative_difference, validation_losses
 
 STEPS = 20
 
@@ -25,7 +25,8 @@ def one_rank(trainer: Trainer) -> tuple[list[float], list[float]]:
         pytest.param(("layout.tensor_parallel=2", "cluster.ranks_per_node=2"), id="TP2"),
         pytest.param(("layout.pipeline_parallel=2", "cluster.ranks_per_node=2"), id="PP2"),
         pytest.param(
-            ("layout.pipeline_parallel=2", "layout.virtual_pipeline_parallel=2", "cluster.ranks_per_node=2"), id="PP2-VPP2"
+            ("layout.pipeline_parallel=2", "layout.virtual_pipeline_parallel=2", "cluster.ranks_per_node=2"),
+            id="PP2-VPP2",
         ),
         pytest.param(
             (

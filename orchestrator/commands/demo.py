@@ -7,7 +7,9 @@ import click
 
 
 @click.command(name="demo", short_help="Run the whole path on this machine.")
-@click.option("--text", type=click.Path(path_type=Path), help="Your own text; the standard library's sources by default.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="Your own text; the standard library's sources by default."
+)
 @click.option("--output", type=click.Path(path_type=Path), help="A new folder; ~/orchestrate/demo-TIME by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(text: Path | None, output: Path | None, as_json: bool) -> None:
@@ -26,13 +28,19 @@ def command(text: Path | None, output: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(to_plain(summary))
         return
+    losses = (
+        f"base {summary.held_out_loss_base:.3f}, fresh up-scaled {summary.held_out_loss_upscaled:.3f}, "
+        f"trained on {summary.held_out_loss_trained:.3f}"
+    )
+    trained = (
+        f"{format_count(summary.tokens)} tokens at {format_count(summary.tokens_per_second)} tokens/s, in "
+        f"{summary.attempts} attempts (interrupted after step {summary.interrupted_after_step})"
+    )
     print_facts(
         "the whole path, done",
         [
-            ("held-out loss", f"base {summary.held_out_loss_base:.3f}, fresh up-scaled "
-                              f"{summary.held_out_loss_upscaled:.3f}, trained on {summary.held_out_loss_trained:.3f}"),  # fmt: skip
-            ("trained", f"{format_count(summary.tokens)} tokens at {format_count(summary.tokens_per_second)} tokens/s, "
-                        f"in {summary.attempts} attempts (interrupted after step {summary.interrupted_after_step})"),  # fmt: skip
+            ("held-out loss", losses),
+            ("trained", trained),
             ("export", f"logits within {summary.largest_logit_difference:.1e} of the Megatron model's"),
             ("generated", repr(summary.generated)),
             ("checkpoint", summary.checkpoint),
@@ -40,5 +48,5 @@ def command(text: Path | None, output: Path | None, as_json: bool) -> None:
             ("picture", summary.loss_picture),
             ("took", format_duration(summary.seconds)),
         ],
-    )  # fmt: skip
+    )
     print_next("orchestrate ui")
