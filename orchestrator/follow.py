@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from orchestrator.errors import RunError
 from orchestrator.reconcile import ENDED, State
 from orchestrator.run_directory import RunDirectory
-from orchestrator.screen import console
+from orchestrator.screen import console, notice
 from orchestrator.status import RunStatus, read_status
 from orchestrator.units import format_count
 
@@ -33,13 +33,18 @@ def follow(run: RunDirectory, at_poll: Callable[[RunStatus], None] = lambda stat
         console=console(notices=True),
     ) as progress:
         task = progress.add_task(run.name, total=None, detail="starting")
-        while True:
-            status = read_status(run)
-            at_poll(status)
-            progress.update(task, completed=status.step, total=status.total_steps, detail=_detail(status))
-            if status.state in ENDED:
-                break
-            time.sleep(POLL_SECONDS)
+        try:
+            while True:
+                status = read_status(run)
+                at_poll(status)
+                progress.update(task, completed=status.step, total=status.total_steps, detail=_detail(status))
+                if status.state in ENDED:
+                    break
+                time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:
+            progress.stop()
+            notice(f"run {run.name} goes on by itself; end it with `orchestrate cancel {run.name}`")
+            raise
     if status.state == State.FAILED:
         raise RunError(f"run {run.name} failed: {status.reason}; see `orchestrate logs {run.name}`")
     return status

@@ -132,12 +132,21 @@ class Supervisor:
 
     def _watch(self, attempt: AttemptDirectory, notes: JsonLines) -> Watched:
         """Start the ranks, follow them to their end, and say what ended them."""
+        ranks: Ranks | None = None
         try:
             ranks = self._start(attempt)
+            return self._follow(attempt, ranks, notes)
         except Exception as error:
-            log.exception("the ranks could not be started")
-            return Watched(cause=Cause.EXCEPTION, message=str(error), rank=None, host=None, exit_codes={})
-        offset, first_failure = 0, None
+            log.exception("the supervisor failed")
+            if ranks is not None:
+                ranks.kill()
+            message = f"the supervisor failed: {type(error).__name__}: {error}"
+            return Watched(cause=Cause.EXCEPTION, message=message, rank=None, host=None, exit_codes={})
+
+    def _follow(self, attempt: AttemptDirectory, ranks: Ranks, notes: JsonLines) -> Watched:
+        """Mark checkpoints, pass stop requests on, and end what a failed rank has left behind."""
+        offset = 0
+        first_failure: tuple[float, dict[int, int]] | None = None
         codes: dict[int, int] = {}
         asked = False
         while len(codes) < ranks.count:
@@ -149,12 +158,11 @@ class Supervisor:
                 asked = True
                 log.info("asked the ranks to save and leave: %s", self._reason)
             if first_failure is None and any(code not in (0, exit_codes.SAVED_AND_LEFT) for code in codes.values()):
-                first_failure = (time.monotonic(), dict(codes))
+                first_failure = (time.monotonic(), codes)
             late = first_failure is not None and time.monotonic() - first_failure[0] > PEER_GRACE_SECONDS
             if late or (self._deadline is not None and time.monotonic() > self._deadline):
                 ranks.kill()
         mark_written(self._run, attempt, offset, notes)
-        codes = ranks.ended()
         return explain(attempt, codes if first_failure is None else first_failure[1], codes, self._reason)
 
     def _start(self, attempt: AttemptDirectory) -> Ranks:
