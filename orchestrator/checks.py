@@ -1,9 +1,11 @@
 """What can be known to be wrong with settings before anything is touched, and the rank grid they give. Pure."""
 
+import math
+import re
+
 from orchestrator.layout import ParallelLayout
-from orchestrator.model_shape import could_be
+from orchestrator.model_shape import choose, divisors
 from orchestrator.settings import RunSettings
-from orchestrator.units import format_count
 
 
 def build_layout(settings: RunSettings) -> ParallelLayout:
@@ -23,63 +25,141 @@ def build_layout(settings: RunSettings) -> ParallelLayout:
 
 def settings_problems(settings: RunSettings) -> list[str]:
     """Return everything that can be known to be wrong without looking at a disk, each with its remedy."""
-    found = settings.model.problems()
-    data, training, cluster, chosen = settings.data, settings.training, settings.cluster, settings.layout
-    if "/" in settings.name or settings.name.startswith(".") or not settings.name:
-        found.append(f"name={settings.name!r} should be a plain folder name; use letters, digits, dots and dashes")
+    shape_problems = settings.model.problems()
+    found = [
+        *_name_problems(settings.name),
+        *shape_problems,
+        *_data_problems(settings),
+        *_training_problems(settings),
+        *_cluster_problems(settings),
+    ]
+    grid_problems = _grid_problems(settings)
+    found += grid_problems
+    if not shape_problems and not grid_problems and settings.data.sequence_length > 0:
+        layout = build_layout(settings)
+        found += layout.problems(settings.model, settings.data.sequence_length, settings.cluster.ranks_per_node)
+    return found
+
+
+def _name_problems(name: str) -> list[str]:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) and name != "last":
+        return []
+    return [f"name={name!r} should be a plain folder name and not `last`; use letters, digits, dots, dashes and _"]
+
+
+def _data_problems(settings: RunSettings) -> list[str]:
+    data = settings.data
+    found = []
     if not 0 < data.sequence_length <= settings.model.max_position_embeddings:
         found.append(
             f"data.sequence_length={data.sequence_length} should be between 1 and "
             f"model.max_position_embeddings={settings.model.max_position_embeddings}"
         )
-    if data.weights and len(data.weights) != len(data.train):
-        found.append(f"data.weights has {len(data.weights)} entries for {len(data.train)} data sets; give one each")
     if not data.train:
         found.append("data.train names no data set; give the folder that `orchestrate tokenize` wrote")
+    if data.weights and len(data.weights) != len(data.train):
+        found.append(f"data.weights has {len(data.weights)} entries for {len(data.train)} data sets; give one each")
+    if not all(0 < weight < math.inf for weight in data.weights):
+        found.append(f"data.weights={list(data.weights)} should all be above 0; leave a data set out instead")
+    return found
+
+
+def _training_problems(settings: RunSettings) -> list[str]:
+    training, layout = settings.training, settings.layout
+    found = []
     if not 0 <= training.warmup_share < 1:
         found.append(f"training.warmup_share={training.warmup_share} should be from 0 to below 1")
-    if not 0 <= training.minimum_learning_rate <= training.learning_rate:
+    if not 0 < training.learning_rate < math.inf:
+        found.append(f"training.learning_rate={training.learning_rate} should be above 0")
+    elif not 0 <= training.minimum_learning_rate <= training.learning_rate:
         found.append(
             f"training.minimum_learning_rate={training.minimum_learning_rate} should be from 0 to "
             f"training.learning_rate={training.learning_rate}"
         )
-    tokens_per_step = chosen.global_batch_size * data.sequence_length
-    if training.tokens < tokens_per_step:
+    for name, value, low, high in (
+        ("adam_beta1", training.adam_beta1, 0.0, 1.0),
+        ("adam_beta2", training.adam_beta2, 0.0, 1.0),
+        ("weight_decay", training.weight_decay, 0.0, math.inf),
+    ):
+        if not low <= value < high:
+            found.append(f"training.{name}={value} should be from {low:g} to below {high:g}")
+    for name, value in (("adam_eps", training.adam_eps), ("gradient_clip", training.gradient_clip)):
+        if not 0 < value < math.inf:
+            found.append(f"training.{name}={value} should be above 0")
+    if not 0 <= training.seed < 2**31:
+        found.append(f"training.seed={training.seed} should be from 0 to below 2147483648")
+    tokens_per_step = layout.global_batch_size * settings.data.sequence_length
+    if training.tokens < max(1, tokens_per_step):
         found.append(
-            f"training.tokens={training.tokens} is below one step of {format_count(tokens_per_step)} tokens; "
-            f"use at least {tokens_per_step}"
+            f"training.tokens={training.tokens} is below one step of {max(0, tokens_per_step):,} tokens; "
+            f"use at least {max(1, tokens_per_step)}"
         )
     for name, value in (
         ("checkpoint.interval_steps", settings.checkpoint.interval_steps),
         ("training.validation_interval_steps", training.validation_interval_steps),
         ("training.validation_samples", training.validation_samples),
-        ("cluster.nodes", cluster.nodes),
-        ("cluster.ranks_per_node", cluster.ranks_per_node),
+        ("max_restarts_without_progress", settings.max_restarts_without_progress),
     ):
         if value < 1:
             found.append(f"{name} should be at least 1, found {value}")
-    if time_limit_seconds(cluster.time_limit) is None:
-        found.append(f"cluster.time_limit={cluster.time_limit!r} should be [days-]hours:minutes:seconds")
-    if cluster.scheduler == "local" and cluster.nodes != 1:
-        found.append(f"cluster.nodes={cluster.nodes} needs a cluster; {cluster.name} is this machine alone, use 1")
-    ranks = max(1, cluster.nodes * cluster.ranks_per_node)
-    grid = chosen.tensor_parallel * chosen.pipeline_parallel
-    if grid > 0 and ranks % grid:
-        found.append(
-            f"cluster has {cluster.nodes} x {cluster.ranks_per_node} = {ranks} ranks, which do not divide by "
-            f"layout.tensor_parallel={chosen.tensor_parallel} x pipeline_parallel={chosen.pipeline_parallel}; "
-            f"their product could be: {could_be(ranks, grid)}"
-        )
-    if not found:
-        found += build_layout(settings).problems(settings.model, data.sequence_length, cluster.ranks_per_node)
     return found
+
+
+def _cluster_problems(settings: RunSettings) -> list[str]:
+    cluster = settings.cluster
+    found = []
+    limit = time_limit_seconds(cluster.time_limit)
+    if limit is None:
+        found.append(f"cluster.time_limit={cluster.time_limit!r} should be [days-]hours:minutes:seconds")
+    elif limit < 60:
+        found.append(f"cluster.time_limit={cluster.time_limit} should be at least a minute, which is Slurm's unit")
+    elif not 0 <= cluster.warning_seconds < limit:
+        found.append(
+            f"cluster.warning_seconds={cluster.warning_seconds} should be from 0 to below "
+            f"cluster.time_limit={cluster.time_limit}"
+        )
+    for name, value in (
+        ("peak_tflops", cluster.peak_tflops),
+        ("gpu_memory_gb", cluster.gpu_memory_gb),
+        ("price_per_gpu_hour", cluster.price_per_gpu_hour),
+    ):
+        is_possible = value is None or 0 < value < math.inf or (name == "price_per_gpu_hour" and value == 0)
+        if not is_possible:
+            found.append(f"cluster.{name}={value} should be above 0; leave it out where it is not known")
+    if cluster.scheduler == "local" and cluster.nodes > 1:
+        found.append(f"cluster.nodes={cluster.nodes} needs a cluster; {cluster.name} is this machine alone, use 1")
+    return found
+
+
+def _grid_problems(settings: RunSettings) -> list[str]:
+    """Return what keeps the ranks from forming a grid at all."""
+    cluster, chosen = settings.cluster, settings.layout
+    found = [
+        f"cluster.{name} should be at least 1, found {value}"
+        for name, value in (("nodes", cluster.nodes), ("ranks_per_node", cluster.ranks_per_node))
+        if value < 1
+    ]
+    ranks, tensor, pipeline = cluster.nodes * cluster.ranks_per_node, chosen.tensor_parallel, chosen.pipeline_parallel
+    if found or tensor < 1 or pipeline < 1 or ranks % (tensor * pipeline) == 0:
+        return found
+    if ranks % pipeline == 0:
+        per_stage = math.gcd(ranks // pipeline, cluster.ranks_per_node, max(1, settings.model.num_query_groups))
+        remedy = choose("tensor_parallel", divisors(per_stage), tensor)
+    elif ranks % tensor == 0:
+        layers = math.gcd(ranks // tensor, max(1, settings.model.num_layers))
+        remedy = choose("pipeline_parallel", divisors(layers), pipeline)
+    else:
+        remedy = choose("a product of", divisors(ranks), tensor * pipeline)
+    return [
+        f"cluster has {cluster.nodes} x {cluster.ranks_per_node} = {ranks} ranks, which do not divide by "
+        f"layout.tensor_parallel={tensor} x pipeline_parallel={pipeline}; {remedy}"
+    ]
 
 
 def time_limit_seconds(text: str) -> int | None:
     """Return the seconds of [days-]hours:minutes:seconds, or None where it is not so written."""
-    days, _, rest = text.rpartition("-")
-    parts = rest.split(":")
-    if len(parts) != 3 or not all(part.isdigit() for part in [*parts, days or "0"]):
+    parts = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+):([0-9]+):([0-9]+)", text)
+    if parts is None:
         return None
-    hours, minutes, seconds = map(int, parts)
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

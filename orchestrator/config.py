@@ -1,9 +1,13 @@
 """Compose a run's settings from YAML and overrides. The only module that imports omegaconf.
 
 A recipe is looked for in ./conf/recipe, then in ~/.config/orchestrate/recipe, then in the packaged
-conf/. Its `model` and `cluster` are a name (conf/model/NAME.yaml), a mapping, or a mapping with
-`from: NAME` and what differs. Every `defaults.yaml` on that search path lies under the recipe.
-`section.field=value` overrides come last; text fields take the raw text, so that `4:00:00` stays.
+conf/; the first one counts, as a whole. Its `model` and `cluster` are a name (conf/model/NAME.yaml), a
+mapping, or a mapping with `from: NAME` and what differs. A file may begin with `from: NAME` as well,
+and of its own name, which then means the next one on the search path: a site's conf/cluster/h100.yaml
+is `from: h100` and its partition. Every `defaults.yaml` on that path lies under the recipe.
+
+Overrides come last: `cluster=NAME` puts another file in the place of the recipe's, wherever it stands
+among `section.field=value`. Text fields take the raw text, so that `4:00:00` stays.
 """
 
 import dataclasses
@@ -14,14 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from orchestrator.errors import ConfigError
 from orchestrator.checks import settings_problems
+from orchestrator.errors import ConfigError
 from orchestrator.settings import RANDOM_BASE, PathSettings, RunSettings
-from orchestrator.values import field_types, from_plain, nearest, to_plain
+from orchestrator.values import field_types, from_plain, nearest, to_plain, unknown_key
 
 GROUPS = ("model", "cluster")
 
@@ -52,15 +57,16 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> RunSettings:
         ConfigError: every problem of the configuration at once.
     """
     problems: list[str] = []
-    merged = OmegaConf.create({})
-    for folder in reversed(search_path()):
-        if (folder / "defaults.yaml").exists():
-            merged = _merge(merged, _load(folder / "defaults.yaml"))
-    merged = _merge(merged, _expand_groups(_load(_find("recipe", recipe))))
+    chosen = _load_named("recipe", recipe)
     for override in overrides:
-        merged = _apply_override(merged, override, problems)
+        if override.partition("=")[0] in GROUPS:
+            chosen = _overlay(chosen, OmegaConf.create(dict([override.split("=", 1)])))
+    merged = _merge(_defaults(), chosen)
+    for override in overrides:
+        if override.partition("=")[0] not in GROUPS:
+            merged = _apply_override(merged, override, problems)
     try:
-        plain = OmegaConf.to_container(merged, resolve=True)
+        plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"recipe {recipe} cannot be resolved: {error}") from error
     settings = from_plain(RunSettings, plain, "", problems)
@@ -73,11 +79,7 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> RunSettings:
 
 def paths_in_force() -> PathSettings:
     """Return `paths` as the defaults on the search path say, for commands that need no recipe."""
-    merged = OmegaConf.create({})
-    for folder in reversed(search_path()):
-        if (folder / "defaults.yaml").exists():
-            merged = _merge(merged, _load(folder / "defaults.yaml"))
-    plain = OmegaConf.to_container(merged, resolve=True)
+    plain = OmegaConf.to_container(_defaults(), resolve=True)
     problems: list[str] = []
     paths = from_plain(PathSettings, plain.get("paths", {}) if isinstance(plain, dict) else {}, "paths", problems)
     if paths is None:
@@ -87,20 +89,42 @@ def paths_in_force() -> PathSettings:
 
 def to_yaml(settings: RunSettings) -> str:
     """Return resolved settings as YAML."""
-    return str(OmegaConf.to_yaml(OmegaConf.create(to_plain(settings))))
+    return str(yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True))
 
 
-def _find(group: str, name: str) -> Path:
+def _defaults() -> DictConfig:
+    merged = OmegaConf.create({})
+    for folder in reversed(search_path()):
+        if (folder / "defaults.yaml").exists():
+            merged = _merge(merged, _load(folder / "defaults.yaml"))
+    return merged
+
+
+def _load_named(group: str, name: str, above: Sequence[Path] = ()) -> DictConfig:
+    """Load a file with what it is `from`; `above` are the files that led here."""
+    path = _find(group, name, above)
+    loaded = _load(path)
+    base = loaded.pop("from", None)
+    lower = OmegaConf.create({}) if base is None else _load_named(group, str(base), [*above, path])
+    return _overlay(lower, loaded)
+
+
+def _find(group: str, name: str, above: Sequence[Path] = ()) -> Path:
     direct = Path(name).expanduser()
-    if direct.suffix in (".yaml", ".yml") and direct.exists():
-        return direct
+    if direct.suffix in (".yaml", ".yml"):
+        if direct.exists() and direct not in above:
+            return direct
+        raise ConfigError(
+            f"no {group} file {name}; name a file that is there, or one of {', '.join(known_names(group))}"
+        )
     for folder in search_path():
-        if (folder / group / f"{name}.yaml").exists():
-            return folder / group / f"{name}.yaml"
-    raise ConfigError(
-        f"no {group} named {name!r} in {', '.join(str(folder / group) for folder in search_path())}; "
-        f"{nearest(name, known_names(group))}"
-    )
+        path = folder / group / f"{name}.yaml"
+        if path.exists() and path not in above:
+            return path
+    folders = ", ".join(str(folder / group) for folder in search_path())
+    if above:
+        raise ConfigError(f"{above[-1]} is `from: {name}`, and there is no other {group} of that name in {folders}")
+    raise ConfigError(f"no {group} named {name!r} in {folders}; {nearest(name, known_names(group))}")
 
 
 def _load(path: Path) -> DictConfig:
@@ -108,6 +132,8 @@ def _load(path: Path) -> DictConfig:
         loaded = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} should hold YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} should hold a mapping of fields, found {type(loaded).__name__}")
     return loaded
@@ -117,25 +143,26 @@ def _merge(lower: DictConfig, upper: DictConfig) -> DictConfig:
     return typing.cast(DictConfig, OmegaConf.merge(lower, upper))
 
 
-def _expand_groups(recipe: DictConfig) -> DictConfig:
-    """Replace `model: NAME` and `model: {from: NAME, ...}` by the fields of conf/model/NAME.yaml."""
+def _overlay(lower: DictConfig, upper: DictConfig) -> DictConfig:
+    """Put a mapping over another; a `model` or `cluster` that it names takes the place of the lower one."""
     for group in GROUPS:
-        chosen = recipe.get(group)
+        chosen = upper.get(group)
         if isinstance(chosen, str):
-            recipe[group] = _load(_find(group, chosen))
+            upper[group] = _load_named(group, chosen)
         elif isinstance(chosen, DictConfig) and "from" in chosen:
-            rest = OmegaConf.create({key: value for key, value in chosen.items() if key != "from"})
-            recipe[group] = _merge(_load(_find(group, str(chosen["from"]))), rest)
-    return recipe
+            name = str(chosen.pop("from"))
+            upper[group] = _merge(_load_named(group, name), chosen)
+        else:
+            continue
+        lower.pop(group, None)
+    return _merge(lower, upper)
 
 
 def _apply_override(merged: DictConfig, override: str, problems: list[str]) -> DictConfig:
     key, separator, text = override.partition("=")
-    if not separator:
+    if not separator or not key:
         problems.append(f"override {override!r} should read section.field=value")
         return merged
-    if key in GROUPS:
-        return _merge(merged, OmegaConf.create({key: _load(_find(key, text))}))
     kind: Any = RunSettings
     for part in key.split("."):
         if typing.get_origin(kind) is dict:
@@ -143,27 +170,32 @@ def _apply_override(merged: DictConfig, override: str, problems: list[str]) -> D
             continue
         fields = field_types(kind) if dataclasses.is_dataclass(kind) and isinstance(kind, type) else {}
         if part not in fields:
-            problems.append(f"unknown key {key}; {nearest(part, fields)}" if fields else f"unknown key {key}")
+            problems.append(unknown_key(key, RunSettings))
             return merged
         kind = fields[part]
     value: Any = text
     if not _is_text(kind):
-        if typing.get_origin(kind) is tuple and not text.startswith("["):
-            value = [text]
+        if typing.get_args(kind) == (str, ...) and not text.startswith("["):
+            value = [_raw(text)]
         else:
             try:
                 value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[call-overload,index]
             except (YAMLError, OmegaConfBaseException) as error:
-                problems.append(f"{key}={text} should be YAML: {error}")
+                problems.append(f"{key}={text} should be YAML: {' '.join(str(error).split())}")
                 return merged
-            if typing.get_args(kind) == (float, ...) and not isinstance(value, list):
-                value = [value]
     elif types.NoneType in typing.get_args(kind) and text in ("", "null"):
         value = None
+    else:
+        value = _raw(text)
     nested: Any = value
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return _merge(merged, OmegaConf.create(nested))
+
+
+def _raw(text: str) -> str:
+    """Escape omegaconf's interpolation: what a person types is text."""
+    return text.replace("${", "\\${")
 
 
 def _is_text(kind: Any) -> bool:

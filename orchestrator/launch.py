@@ -15,7 +15,7 @@ import orchestrator
 from orchestrator.config import to_yaml
 from orchestrator.errors import ConfigError, OrchestrateError, RunError
 from orchestrator.files import write_atomic, write_json
-from orchestrator.plan import TrainingPlan, write_plan
+from orchestrator.plan import TrainingPlan, read_plan, write_plan
 from orchestrator.reconcile import ENDED, State
 from orchestrator.run_directory import RunDirectory, create_run, discard_run
 from orchestrator.settings import RANDOM_BASE
@@ -26,7 +26,33 @@ from orchestrator.tokenize.manifest import DatasetManifest, read_manifest
 from orchestrator.version import VERSION
 
 CODE_PACKAGES = ("orchestrator", "megatron_solar")
-RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "safetensors", "submitit", "mlflow", "omegaconf")
+RECORDED_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "numpy",
+    "safetensors",
+    "submitit",
+    "mlflow",
+    "omegaconf",
+)
+
+
+def check_start(plan: TrainingPlan) -> list[DatasetManifest]:
+    """Check all that a launch needs, before anything is written.
+
+    Returns:
+        the manifests of the training data sets.
+
+    Raises:
+        ConfigError, RunError, SchedulerError: it could not start.
+    """
+    check_scheduler(plan)
+    runs, name = Path(plan.settings.paths.runs), plan.settings.name
+    if (runs / name).exists():
+        raise RunError(f"run {name!r} exists already in {runs}; choose another with name=..., or go on with "
+                       f"`orchestrate resume {name}`")  # fmt: skip
+    return check_inputs(plan)
 
 
 def check_inputs(plan: TrainingPlan) -> list[DatasetManifest]:
@@ -74,8 +100,7 @@ def launch(plan: TrainingPlan, command: str) -> RunDirectory:
     Raises:
         ConfigError, RunError, SchedulerError: nothing was left behind.
     """
-    check_scheduler(plan)
-    check_inputs(plan)
+    check_start(plan)
     run = create_run(Path(plan.settings.paths.runs), plan.settings.name)
     try:
         write_atomic(run.config, to_yaml(plan.settings))
@@ -94,13 +119,17 @@ def resume(run: RunDirectory) -> RunStatus:
 
     Raises:
         RunError: it has not ended, or there is nothing left to do.
+        SchedulerError: the job could not be submitted.
     """
     status = read_status(run)
     if status.state == State.FINISHED:
         raise RunError(f"run {run.name} has done all its {status.total_steps} steps; export it with "
                        f"`orchestrate export {run.name} --output DIR`")  # fmt: skip
     if status.state not in ENDED:
-        raise RunError(f"run {run.name} is {status.state}; cancel it first, or follow it with `orchestrate logs {run.name}`")
+        raise RunError(
+            f"run {run.name} is {status.state}; cancel it first, or follow it with `orchestrate logs {run.name}`"
+        )
+    check_scheduler(read_plan(run.plan))
     run.cancel_mark.unlink(missing_ok=True)
     submit(run)
     return status
@@ -139,7 +168,7 @@ def provenance(command: str) -> dict[str, object]:
         "command": command,
         "time": time.time(),
         "host": socket.gethostname(),
-        "user": getpass.getuser(),
+        "user": _user(),
         "folder": str(Path.cwd()),
         "orchestrate": VERSION,
         "git": _git_state(Path(orchestrator.__file__).parent.parent),
@@ -147,6 +176,14 @@ def provenance(command: str) -> dict[str, object]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in RECORDED_PACKAGES},
     }
+
+
+def _user() -> str:
+    """Return the user's name, or the number where a container knows no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def _version(package: str) -> str | None:
@@ -166,5 +203,3 @@ def _git_state(folder: Path) -> dict[str, object] | None:
         return result.stdout.strip()
 
     return {"commit": git("rev-parse", "HEAD"), "is_changed": bool(git("status", "--porcelain"))}
-
-

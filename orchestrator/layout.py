@@ -5,8 +5,9 @@ neighbouring ranks, so tensor parallelism stays within a node.
 """
 
 import dataclasses
+import math
 
-from orchestrator.model_shape import TransformerShape, could_be
+from orchestrator.model_shape import TransformerShape, choose, divisors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,32 +68,56 @@ class ParallelLayout:
         if found:
             return found
         tp, pp, vpp = self.tensor_parallel, self.pipeline_parallel, self.virtual_pipeline_parallel
+        remedy = choose("tensor_parallel", self.tensor_parallel_sizes(shape, sequence_length, ranks_per_node), tp)
         for name, size in (
             ("num_query_groups", shape.num_query_groups),
             ("num_attention_heads", shape.num_attention_heads),
             ("ffn_hidden_size", shape.ffn_hidden_size),
         ):
             if size % tp:
-                found.append(f"model.{name}={size} cannot be split over layout.tensor_parallel={tp}; {could_be(size, tp)}")
-        if tp > ranks_per_node:
-            found.append(f"layout.tensor_parallel={tp} leaves the node, which has {ranks_per_node} ranks; "
-                         f"{could_be(ranks_per_node, tp)}")  # fmt: skip
-        if self.sequence_parallel and tp > 1 and sequence_length % tp:
-            found.append(f"data.sequence_length={sequence_length} cannot be split over layout.tensor_parallel={tp} "
-                         f"with sequence_parallel; {could_be(sequence_length, tp)}")  # fmt: skip
-        if shape.num_layers % (pp * vpp):
-            remedy = could_be(shape.num_layers // pp, vpp) if shape.num_layers % pp == 0 else could_be(shape.num_layers, pp)
-            what = f"pipeline_parallel={pp}" + (f" x virtual_pipeline_parallel={vpp}" if vpp > 1 else "")
-            found.append(f"model.num_layers={shape.num_layers} cannot be split over layout.{what}; {remedy}")
+                found.append(f"model.{name}={size} cannot be split over layout.tensor_parallel={tp}; {remedy}")
+        if ranks_per_node % tp:
+            found.append(f"layout.tensor_parallel={tp} leaves the node, which has {ranks_per_node} ranks; {remedy}")
+        if self.sequence_parallel and sequence_length % tp:
+            found.append(
+                f"data.sequence_length={sequence_length} cannot be split over layout.tensor_parallel={tp} "
+                f"with sequence_parallel; {remedy}"
+            )
         if vpp > 1 and pp == 1:
-            found.append(f"layout.virtual_pipeline_parallel={vpp} needs pipeline_parallel above 1, found 1; use 1")
-        per_pass = self.micro_batch_size * self.data_parallel
-        if self.global_batch_size % per_pass:
-            lower = self.global_batch_size // per_pass * per_pass
-            choices = [str(n) for n in (lower, lower + per_pass) if n > 0]
-            found.append(f"layout.global_batch_size={self.global_batch_size} does not divide by micro_batch_size="
-                         f"{self.micro_batch_size} x data_parallel={self.data_parallel}; use {' or '.join(choices)}")  # fmt: skip
-        elif vpp > 1 and self.num_microbatches % pp:
-            found.append(f"{self.num_microbatches} micro-batches do not divide by layout.pipeline_parallel={pp}, which "
-                         f"virtual_pipeline_parallel needs; use a global_batch_size that is a multiple of {per_pass * pp}")  # fmt: skip
+            found.append(
+                f"layout.virtual_pipeline_parallel={vpp} needs pipeline_parallel above 1, found 1; "
+                "use virtual_pipeline_parallel 1"
+            )
+        elif shape.num_layers % (pp * vpp):
+            what = f"pipeline_parallel={pp}" + (f" x virtual_pipeline_parallel={vpp}" if vpp > 1 else "")
+            if shape.num_layers % pp == 0:
+                remedy = choose("virtual_pipeline_parallel", divisors(shape.num_layers // pp), vpp)
+            else:
+                fitting = self.pipeline_parallel_sizes(shape, vpp)
+                remedy = choose("pipeline_parallel", fitting or self.pipeline_parallel_sizes(shape, 1), pp)
+                remedy += "" if fitting else " with virtual_pipeline_parallel 1"
+            found.append(f"model.num_layers={shape.num_layers} cannot be split over layout.{what}; {remedy}")
+        # The interleaved schedule works through micro-batches in groups of `pp`.
+        unit = self.micro_batch_size * self.data_parallel * (pp if vpp > 1 else 1)
+        if self.global_batch_size % unit:
+            lower = self.global_batch_size // unit * unit
+            near = [size for size in (lower, lower + unit) if size > 0]
+            found.append(
+                f"layout.global_batch_size={self.global_batch_size} does not divide by micro_batch_size="
+                f"{self.micro_batch_size} x data_parallel={self.data_parallel}"
+                + (f" x pipeline_parallel={pp}, as virtual_pipeline_parallel={vpp} needs" if vpp > 1 else "")
+                + f"; {choose('global_batch_size', near, self.global_batch_size)}"
+            )
         return found
+
+    def tensor_parallel_sizes(self, shape: TransformerShape, sequence_length: int, ranks_per_node: int) -> list[int]:
+        """Return the sizes that split the model and the sequence, and stay within a node and the ranks."""
+        every = [shape.num_query_groups, shape.num_attention_heads, shape.ffn_hidden_size, ranks_per_node]
+        if self.sequence_parallel:
+            every.append(sequence_length)
+        return divisors(math.gcd(*every, self.tensor_parallel * self.data_parallel))
+
+    def pipeline_parallel_sizes(self, shape: TransformerShape, virtual: int) -> list[int]:
+        """Return the sizes that split the layers into so many chunks a rank, and the ranks."""
+        sizes = divisors(math.gcd(shape.num_layers, self.pipeline_parallel * self.data_parallel))
+        return [n for n in sizes if virtual == 1 or (n > 1 and shape.num_layers % (n * virtual) == 0)]

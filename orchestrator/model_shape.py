@@ -4,6 +4,8 @@ SOLAR 10.7B (arXiv 2312.15166): 48 layers, 10,731,524,096 parameters.
 """
 
 import dataclasses
+import math
+from collections.abc import Iterable
 from typing import Literal
 
 
@@ -72,27 +74,38 @@ class TransformerShape:
                 found.append(f"model.{field.name} should be above 0, found {value}")
         if found:
             return found
-        if self.hidden_size % self.num_attention_heads:
+        if self.hidden_size % self.num_attention_heads or self.head_size % 2:
+            groups, unit = self.num_query_groups, 2 * self.num_attention_heads
+            heads = [n for n in divisors(self.hidden_size) if self.hidden_size // n % 2 == 0 and n % groups == 0]
+            lower = self.hidden_size // unit * unit
+            widths = [n for n in (lower, lower + unit) if n > 0]
             found.append(
-                f"model.hidden_size={self.hidden_size} does not divide by "
-                f"num_attention_heads={self.num_attention_heads}; {could_be(self.hidden_size, self.num_attention_heads)}"
-            )
-        elif self.head_size % 2:
-            found.append(
-                f"model.hidden_size/num_attention_heads={self.head_size} is odd; rotary positions need an even head size"
+                f"model.hidden_size={self.hidden_size} cannot be split over num_attention_heads="
+                f"{self.num_attention_heads} into heads of even size, which rotary positions need; "
+                + (
+                    choose("num_attention_heads", heads, self.num_attention_heads)
+                    if heads
+                    else choose("hidden_size", widths, self.hidden_size)
+                )
             )
         if self.num_attention_heads % self.num_query_groups:
+            remedy = choose("num_query_groups", divisors(self.num_attention_heads), self.num_query_groups)
             found.append(
                 f"model.num_attention_heads={self.num_attention_heads} does not divide by "
-                f"num_query_groups={self.num_query_groups}; {could_be(self.num_attention_heads, self.num_query_groups)}"
+                f"num_query_groups={self.num_query_groups}; {remedy}"
             )
         return found
 
 
-def could_be(total: int, wanted: int, limit: int | None = None) -> str:
-    """Say which divisors of `total` lie nearest to `wanted`: 'use 2, 4 or 8'."""
-    divisors = [n for n in range(1, total + 1) if total % n == 0 and (limit is None or n <= limit)]
-    near = sorted(sorted(divisors, key=lambda n: (abs(n - wanted), n))[:4])
+def divisors(total: int) -> list[int]:
+    """Return the divisors of a number above 0, the smallest first."""
+    small = [n for n in range(1, math.isqrt(total) + 1) if total % n == 0]
+    return sorted({*small, *(total // n for n in small)})
+
+
+def choose(name: str, sizes: Iterable[int], wanted: int) -> str:
+    """Say which sizes lie nearest to the wanted one: 'use tensor_parallel 2, 4 or 8'."""
+    near = sorted(sorted(sizes, key=lambda n: (abs(n - wanted), n))[:4])
     if not near:
-        return "no size would do"
-    return "use " + (f"{', '.join(map(str, near[:-1]))} or {near[-1]}" if len(near) > 1 else str(near[0]))
+        return f"no {name} would do"
+    return f"use {name} " + (f"{', '.join(map(str, near[:-1]))} or {near[-1]}" if len(near) > 1 else str(near[0]))

@@ -57,23 +57,22 @@ def decide(history: Sequence[Ending], ending: Ending, max_without_progress: int)
 
     Args:
         history: earlier endings since a person last started the run, the oldest first.
-        max_without_progress: endings at the same saved step after which the run stops.
+        max_without_progress: attempts in a row that saved nothing new after which the run stops. The first
+            of the history counts as progress unless nothing was ever saved: where it began is not known.
     """
     if ending.cause == Cause.FINISHED:
         return Decision(action=Action.FINISH, why="all steps are done")
     if ending.cause in _STOPS:
         return Decision(action=Action.STOP, why=_STOPS[ending.cause])
-    stuck = 1
-    for earlier in reversed(history):
-        if earlier.saved_step != ending.saved_step:
-            break
-        stuck += 1
-    if stuck >= max_without_progress:
-        causes = ", ".join([*(str(e.cause) for e in history[len(history) - stuck + 1 :]), str(ending.cause)])
-        return Decision(
-            action=Action.STOP,
-            why=f"no progress beyond step {ending.saved_step} in {stuck} attempts ({causes})",
-        )
+    stuck: list[Ending] = []
+    before = 0
+    for attempt in [*history, ending]:
+        stuck = [] if attempt.saved_step > before else [*stuck, attempt]
+        before = attempt.saved_step
+    if len(stuck) >= max_without_progress:
+        causes = ", ".join(str(attempt.cause) for attempt in stuck)
+        attempts = "1 attempt" if len(stuck) == 1 else f"{len(stuck)} attempts"
+        return Decision(action=Action.STOP, why=f"no progress beyond step {ending.saved_step} in {attempts} ({causes})")
     if ending.cause in _REQUEUED:
         return Decision(action=Action.REQUEUE, why="the job's time is over; it goes on in a new one")
     return Decision(action=Action.RESTART, why=f"ranks start again from step {ending.saved_step}")

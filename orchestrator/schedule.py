@@ -15,7 +15,7 @@ def learning_rate(training: TrainingSettings, step: int, steps: int) -> float:
 
     The warm-up takes ceil(warmup_share * steps) steps and ends at the full rate.
     """
-    warmup = math.ceil(training.warmup_share * steps)
+    warmup = math.ceil(round(training.warmup_share * steps, 6))  # 0.07 * 100 is 7.000000000000001
     if step <= warmup:
         return training.learning_rate * step / warmup
     if training.decay == "constant":

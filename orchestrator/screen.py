@@ -42,7 +42,7 @@ def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
     if title:
         out.print(Text(title, style="bold"))
     for name, value in facts:
-        lines = textwrap.wrap(value, WIDTH - width - 2, break_on_hyphens=False) or [""]
+        lines = textwrap.wrap(value, WIDTH - width - 2, break_on_hyphens=False, break_long_words=False) or [""]
         out.print(Text.assemble((f"{name:{width}}  ", "dim"), lines[0]), soft_wrap=True)
         for line in lines[1:]:
             out.print(Text(" " * (width + 2) + line), soft_wrap=True)

@@ -132,4 +132,4 @@ class RunSettings:
     tracking: TrackingSettings = TrackingSettings()
     paths: PathSettings = PathSettings()
     max_restarts_without_progress: int = 2
-    """Failures at the same step after which the run stops."""
+    """Attempts in a row that saved nothing new after which the run stops."""

@@ -59,18 +59,14 @@ class RunStatus:
 
 
 def read_status(run: RunDirectory) -> RunStatus:
-    """Return a run's status; asks the scheduler once."""
+    """Return a run's status; asks the scheduler once, unless the folder alone says that the run has ended."""
     plan = read_plan(run.plan)
-    attempts = run.attempts()
-    outcomes = {attempt.number: attempt.read_outcome() for attempt in attempts}
-    records = RunRecords(
-        submitted=[float(record["time"]) for _, record in read_json_lines(run.submissions)],
-        attempts=[{"number": attempt.number, "outcome": outcomes[attempt.number]} for attempt in attempts],
-        cancel_asked=float(read_json(run.cancel_mark)["time"]) if run.cancel_mark.exists() else None,
-    )
-    unfinished = not attempts or outcomes[attempts[-1].number] is None or records.submitted != []
-    job = ask(run) if unfinished else JobAnswer.GONE
+    records, job = read_records(run), JobAnswer.GONE
+    if not records.is_settled:
+        job = ask(run)
+        records = read_records(run)  # once more: an attempt that ended while we asked has an outcome now
     standing = reconcile(run.name, records, job)
+    attempts = [run.attempt(record["number"]) for record in records.attempts]
     events = [event for attempt in attempts for _, event in read_events(attempt.events)]
     steps = [event for event in events if isinstance(event, StepEvent)]
     held_out = [event.loss for event in events if isinstance(event, ValidationEvent)]
@@ -102,8 +98,18 @@ def read_status(run: RunDirectory) -> RunStatus:
         seconds_left=left,
         layout=plan.layout.describe(),
         attempt_list=tuple(
-            _attempt_status(attempt.number, attempt.read_job(), outcomes[attempt.number]) for attempt in attempts
+            _attempt_status(attempt.number, attempt.read_job(), record["outcome"])
+            for attempt, record in zip(attempts, records.attempts, strict=True)
         ),
+    )
+
+
+def read_records(run: RunDirectory) -> RunRecords:
+    """Return what a run's folder says."""
+    return RunRecords(
+        submitted=[float(record["time"]) for _, record in read_json_lines(run.submissions)],
+        attempts=[{"number": attempt.number, "outcome": attempt.read_outcome()} for attempt in run.attempts()],
+        cancel_asked=float(read_json(run.cancel_mark)["time"]) if run.cancel_mark.exists() else None,
     )
 
 

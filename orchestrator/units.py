@@ -5,18 +5,25 @@ import datetime
 
 def format_count(value: float) -> str:
     """Return 10_731_524_096 as '10.7 B', 1500 as '1.5 k'."""
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g} {suffix}"
-    return f"{value:.0f}" if float(value).is_integer() else f"{value:.3g}"
+    if abs(value) < 999.5:
+        return f"{value:.0f}" if float(value).is_integer() else f"{value:.3g}"
+    return _scaled(value, ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")))
 
 
 def format_bytes(value: float) -> str:
     """Return decimal bytes: 1_500_000 as '1.5 MB'."""
-    for limit, suffix in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g} {suffix}"
-    return f"{value:.0f} B"
+    if abs(value) < 999.5:
+        return f"{value:.0f} B"
+    return _scaled(value, ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")))
+
+
+def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
+    """Return three digits of the largest unit that the rounded value fills: 999_999 is '1 M', not '1e+03 k'."""
+    for limit, suffix in units:
+        if abs(value) >= 0.9995 * limit:
+            digits = f"{value / limit:.3g}"
+            return f"{digits if 'e' not in digits else f'{value / limit:.0f}'} {suffix}"
+    raise ValueError(value)
 
 
 def format_duration(seconds: float) -> str:

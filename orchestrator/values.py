@@ -41,10 +41,44 @@ def from_plain(kind: type[T], data: object, path: str, problems: list[str]) -> T
 
 
 def nearest(name: str, choices: typing.Iterable[str]) -> str:
-    """Return '; did you mean X?' for the nearest of the choices, or a list of them."""
+    """Return 'did you mean X?' for the nearest of the choices, or a list of them."""
     choices = sorted(choices)
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(choices)}"
+
+
+def unknown_key(where: str, kind: type, path: str = "") -> str:
+    """Name the known key nearest to an unknown one, whole: `training.tokens`, not `tokens`.
+
+    Args:
+        where: the whole unknown key.
+        kind: the dataclass that should hold it, which lies under `path`.
+    """
+    prefix = f"{path}." if path else ""
+    known = [prefix + key for key in _keys(kind)]
+    last = where.rpartition(".")[2]
+    same_name = [key for key in known if key.rpartition(".")[2] == last]
+    if len(same_name) == 1:
+        return f"unknown key {where}; did you mean {same_name[0]}?"
+    section = where.rpartition(".")[0]
+    siblings = [key for key in known if key.rpartition(".")[0] == section]
+    if not siblings:
+        return f"unknown key {where}; {nearest(where, known)}"
+    leaves = {key.rpartition(".")[2]: key for key in siblings}
+    close = difflib.get_close_matches(last, leaves, n=1, cutoff=0.6)
+    return f"unknown key {where}; " + (
+        f"did you mean {leaves[close[0]]}?" if close else f"known are {', '.join(siblings)}"
+    )
+
+
+def _keys(kind: type) -> list[str]:
+    """Return every key of a dataclass and of those in it, as `section.field`."""
+    found = []
+    for name, inner in field_types(kind).items():
+        found.append(name)
+        if dataclasses.is_dataclass(inner):
+            found += [f"{name}.{key}" for key in _keys(typing.cast(type, inner))]
+    return found
 
 
 def field_types(kind: type) -> dict[str, Any]:
@@ -90,7 +124,7 @@ def _convert_dataclass(kind: type, data: object, path: str, problems: list[str])
     for key, item in data.items():
         where = f"{path}.{key}" if path else str(key)
         if key not in hints:
-            problems.append(f"unknown key {where}; {nearest(str(key), hints)}")
+            problems.append(unknown_key(where, kind, path))
         else:
             values[key] = _convert(hints[key], item, where, problems)
     for field in dataclasses.fields(kind):
@@ -118,4 +152,6 @@ def _convert_scalar(kind: Any, data: object, path: str, problems: list[str]) -> 
 
 
 def _wrong(path: str, wanted: str, found: object, problems: list[str]) -> None:
-    problems.append(f"{path} should be {wanted}, found {found!r}")
+    # YAML reads 012, no and 4:00:00 as other things than text.
+    remedy = "; put it in quotes" if wanted == "text" and isinstance(found, bool | int | float) else ""
+    problems.append(f"{path} should be {wanted}, found {found!r}{remedy}")

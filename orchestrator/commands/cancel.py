@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from orchestrator.commands.request import reference_to
+
 
 @click.command(name="cancel", short_help="End a run, saving first.")
 @click.argument("run", default="last")
@@ -17,4 +19,4 @@ def command(run: str) -> None:
     found = find_run(run, Path(paths_in_force().runs))
     status = cancel(found)
     click.echo(f"told run {found.name} to save and end, at step {status.step} of {status.total_steps}")
-    print_next(f"orchestrate status {found.name}")
+    print_next(f"orchestrate status {reference_to(found)}")

@@ -17,7 +17,6 @@ def command(run: str, output: Path, verify: bool, as_json: bool) -> None:
     """
     from orchestrator.checkpoints import choose_checkpoint
     from orchestrator.config import paths_in_force
-    from orchestrator.errors import RunError
     from orchestrator.plan import read_plan
     from orchestrator.progress import progress_bar
     from orchestrator.run_directory import find_run
@@ -25,10 +24,12 @@ def command(run: str, output: Path, verify: bool, as_json: bool) -> None:
     from orchestrator.values import to_plain
     from orchestrator.verify import verify_export
 
-    reference, _, step = run.partition("@")
+    reference, at, step = run.rpartition("@") if not Path(run).is_dir() else (run, "", "")
+    if not at:
+        reference, step = run, ""
     digits = step.removeprefix("step_").split(".")[0]
-    if step and not digits.isdigit():
-        raise RunError(f"{run!r} should read RUN or RUN@STEP, such as last@1200")
+    if at and not (digits.isascii() and digits.isdigit()):
+        raise click.UsageError(f"{run!r} should read RUN or RUN@STEP, such as last@1200")
     found = find_run(reference, Path(paths_in_force().runs))
     checkpoint = choose_checkpoint(found, int(digits) if digits else None)
     from megatron_solar.export import export
@@ -38,7 +39,9 @@ def command(run: str, output: Path, verify: bool, as_json: bool) -> None:
         sums = export(checkpoint, plan, output, run_name=found.name, progress=show)
     verified = verify_export(found, checkpoint, output) if verify else None
     if as_json:
-        print_json({"output": str(output), "step": checkpoint.step, "files": dict(sums.files), "verified": to_plain(verified)})
+        print_json(
+            {"output": str(output), "step": checkpoint.step, "files": dict(sums.files), "verified": to_plain(verified)}
+        )
         return
     click.echo(f"wrote {checkpoint.name} of run {found.name} to {output}: {plan.parameters:,} parameters")
     if verified is not None:

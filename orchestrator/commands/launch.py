@@ -5,7 +5,13 @@ import sys
 
 import click
 
-from orchestrator.commands.request import request_options, requested_settings
+from orchestrator.commands.request import (
+    ask_before_spending,
+    launch_command,
+    reference_to,
+    request_options,
+    requested_settings,
+)
 
 
 @click.command(name="launch", short_help="Start a run.")
@@ -13,37 +19,33 @@ from orchestrator.commands.request import request_options, requested_settings
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan, start nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask before GPU hours are spent.")
 @click.option("--wait", is_flag=True, help="Show progress until the run ends; leaving with Ctrl-C does not end it.")
-def command(
-    recipe: str, overrides: tuple[str, ...], nodes: int | None, dry_run: bool, yes: bool, wait: bool
-) -> None:
+def command(recipe: str, overrides: tuple[str, ...], nodes: int | None, dry_run: bool, yes: bool, wait: bool) -> None:
     """Start a run of RECIPE: check base and data, show the plan, ask, submit.
 
     RECIPE is a name in conf/recipe or the path of a YAML file; OVERRIDES read section.field=value.
     The run goes on by itself; `orchestrate status last` tells where it stands.
     """
     from orchestrator.commands.plan import show_plan
-    from orchestrator.launch import check_inputs, launch
+    from orchestrator.launch import check_start, launch
     from orchestrator.plan import make_plan
     from orchestrator.screen import print_facts, print_next
-    from orchestrator.slurm.submission import check_scheduler
     from orchestrator.units import format_count
 
     plan = make_plan(requested_settings(recipe, overrides, nodes))
+    manifests = check_start(plan)
     show_plan(plan)
-    if dry_run or (plan.settings.cluster.device == "cuda" and not yes):
-        check_scheduler(plan)
-        manifests = check_inputs(plan)
-        tokens = sum(manifest.tokens for manifest in manifests)
+    tokens = sum(manifest.tokens for manifest in manifests)
+    if tokens:
         print_facts("", [("data set", f"{format_count(tokens)} tokens, read {plan.total_tokens / tokens:.2f} times")])
     if dry_run:
-        print_next(f"orchestrate launch {shlex.join([recipe, *overrides])}" + (f" --nodes {nodes}" if nodes else ""))
+        print_next(launch_command(recipe, overrides, nodes))
         return
     if plan.settings.cluster.device == "cuda" and not yes:
-        click.confirm("start it?", abort=True)
+        ask_before_spending("start it?")
     run = launch(plan, shlex.join(sys.argv))
     print_facts("", [("run", str(run.path))])
     if wait:
         from orchestrator.follow import follow
 
         follow(run)
-    print_next(f"orchestrate status {run.name}")
+    print_next(f"orchestrate status {reference_to(run)}")

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from orchestrator.run_directory import AttemptDirectory, RunDirectory
 
 FOLLOW_SECONDS = 0.5
+ASK_SECONDS = 5.0
 
 
 @click.command(name="logs", short_help="Show what the ranks of a run wrote.")
@@ -29,14 +30,20 @@ def command(run: str, attempt: int | None, rank: int | None, supervisor: bool, f
 
     found = find_run(run, Path(paths_in_force().runs))
     if supervisor:
-        for path in sorted([*found.jobs.glob("*.out"), *found.jobs.glob("*.log")]):
+        outputs = sorted([*found.jobs.glob("*.out"), *found.jobs.glob("*.log")])
+        for path in outputs:
             click.echo(path.read_text(errors="replace"), nl=False)
+        if not any(path.stat().st_size for path in outputs):
+            raise RunError(f"the job of run {found.name} has written nothing yet")
         return
+    if follow:
+        _wait_for_attempt(found)
     attempts = found.attempts()
     if not attempts:
         raise RunError(f"run {found.name} has no attempt yet; see `orchestrate logs {found.name} --supervisor`")
     if attempt is not None and attempt > len(attempts):
-        raise RunError(f"run {found.name} has {len(attempts)} attempts, there is no attempt {attempt}")
+        count = "1 attempt" if len(attempts) == 1 else f"{len(attempts)} attempts"
+        raise RunError(f"run {found.name} has {count}, there is no attempt {attempt}")
     chosen = attempts[attempt - 1] if attempt is not None else attempts[-1]
     if rank is not None:
         path = chosen.rank_log(rank)
@@ -44,23 +51,37 @@ def command(run: str, attempt: int | None, rank: int | None, supervisor: bool, f
             raise RunError(f"attempt {chosen.number} of run {found.name} has no rank {rank}")
         click.echo(path.read_text(errors="replace"), nl=False)
         return
-    _show_attempt(chosen)
+    _show_failures(chosen)
+    offset = _show_events(chosen, 0)
     if follow:
-        _follow(found, chosen)
+        _follow(found, chosen, offset)
 
 
-def _show_attempt(attempt: "AttemptDirectory") -> int:
-    """Print failures, then every step; return how far the events were read."""
+def _wait_for_attempt(run: "RunDirectory") -> None:
+    """Wait until the ranks are started for the first time, or never will be."""
+    from orchestrator.reconcile import ENDED
+    from orchestrator.status import read_status
+
+    asked = 0.0
+    while not run.attempts():
+        if time.monotonic() - asked > ASK_SECONDS:
+            asked = time.monotonic()
+            if read_status(run).state in ENDED:
+                return
+        time.sleep(FOLLOW_SECONDS)
+
+
+def _show_failures(attempt: "AttemptDirectory") -> None:
     from orchestrator.files import read_json
 
     failures = sorted((read_json(path) for path in attempt.failures.glob("*.json")), key=lambda f: float(f["time"]))
     for failure in failures[:1]:
-        click.echo(f"rank {failure['rank']} on {failure['host']} failed first, after step {failure['step']}:")
+        when = f"after step {failure['step']}" if failure["step"] is not None else "before the first step"
+        click.echo(f"rank {failure['rank']} on {failure['host']} failed first, {when}:")
         click.echo(failure["traceback"])
     if len(failures) > 1:
         others = ", ".join(str(failure["rank"]) for failure in failures[1:9])
-        click.echo(f"{len(failures) - 1} more ranks failed after it: {others}")
-    return _show_events(attempt, 0)
+        click.echo(f"{len(failures) - 1} more failed after it: {others}")
 
 
 def _show_events(attempt: "AttemptDirectory", offset: int) -> int:
@@ -91,7 +112,9 @@ def event_line(event: "object") -> str:
             what = f"step {event.step}  held-out loss {event.loss:.4f} over {event.samples} sequences"
         case e.CheckpointWrittenEvent():
             size = sum(int(facts["bytes"]) for facts in event.files.values())
-            what = f"step {event.step}  checkpoint {event.name}, {format_bytes(size)} in {format_duration(event.seconds)}"
+            what = (
+                f"step {event.step}  checkpoint {event.name}, {format_bytes(size)} in {format_duration(event.seconds)}"
+            )
         case e.CheckpointEvent():
             what = f"step {event.step}  checkpoint {event.name} is complete"
         case e.EndEvent():
@@ -99,17 +122,25 @@ def event_line(event: "object") -> str:
     return f"{when}  {what}"
 
 
-def _follow(run: "RunDirectory", attempt: "AttemptDirectory") -> None:
+def _follow(run: "RunDirectory", attempt: "AttemptDirectory", offset: int) -> None:
+    """Show new lines until the run ends; the scheduler is asked only while there are none."""
     from orchestrator.reconcile import ENDED
     from orchestrator.status import read_status
 
-    offset = attempt.events.stat().st_size if attempt.events.exists() else 0
+    asked = 0.0
     while True:
         time.sleep(FOLLOW_SECONDS)
-        offset = _show_events(attempt, offset)
+        is_over = attempt.outcome.exists()
+        before, offset = offset, _show_events(attempt, offset)
         newest = run.attempts()[-1]
-        if newest.number != attempt.number:
+        if newest.number > attempt.number:
             click.echo(f"attempt {newest.number}:")
             attempt, offset = newest, 0
-        elif attempt.outcome.exists() and read_status(run).state in ENDED:
-            return
+        elif offset == before and (is_over or time.monotonic() - asked > ASK_SECONDS):
+            asked = time.monotonic()
+            status = read_status(run)
+            if status.state in ENDED:
+                _show_events(attempt, offset)
+                _show_failures(attempt)
+                click.echo(f"{status.state}: {status.reason}")
+                return

@@ -4,6 +4,7 @@ Errors of the project's own tree are printed without a traceback and decide the 
 """
 
 import importlib
+import os
 import sys
 
 import click
@@ -71,13 +72,19 @@ def group() -> None:
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 usage or config, 3 cluster or tracker away."""
     try:
-        group(standalone_mode=False)
+        group(prog_name="orchestrate", standalone_mode=False)
     except OrchestrateError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `orchestrate logs | head`: nobody reads on
+        sys.exit(1)
+    except OSError as error:
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)

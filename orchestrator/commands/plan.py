@@ -1,8 +1,13 @@
 """`orchestrate plan`: what a recipe would do, without starting anything."""
 
+from typing import TYPE_CHECKING
+
 import click
 
-from orchestrator.commands.request import request_options, requested_settings
+from orchestrator.commands.request import launch_command, request_options, requested_settings
+
+if TYPE_CHECKING:
+    from orchestrator.plan import TrainingPlan
 
 
 @click.command(name="plan", short_help="Show layout, memory, steps and cost of a recipe.")
@@ -23,43 +28,45 @@ def command(recipe: str, overrides: tuple[str, ...], nodes: int | None, as_json:
         print_json(to_plain(plan))
         return
     show_plan(plan)
-    print_next(f"orchestrate launch {' '.join([recipe, *overrides])}" + (f" --nodes {nodes}" if nodes else ""))
+    print_next(launch_command(recipe, overrides, nodes))
 
 
-def show_plan(plan: "object") -> None:
+def show_plan(plan: "TrainingPlan") -> None:
     """Print a plan as people read it."""
-    from orchestrator.plan import MFU_SCENARIOS, TrainingPlan
+    from orchestrator.plan import MFU_SCENARIOS
     from orchestrator.screen import print_facts, print_table
     from orchestrator.units import format_bytes, format_count, format_duration
 
-    assert isinstance(plan, TrainingPlan)
     settings, layout = plan.settings, plan.layout
     cluster, training, shape = settings.cluster, settings.training, settings.model
     memory = f"{format_bytes(plan.static_bytes_per_rank)} of weights, gradients and optimizer on the fullest rank"
     if cluster.gpu_memory_gb is not None:
         memory += f", of {cluster.gpu_memory_gb:.1f} GB; activations are not counted"
+    flops = f"{plan.flops_per_token / 1e9:.2f} G" if plan.flops_per_token >= 1e9 else format_count(plan.flops_per_token)
     ranks = "ranks" if layout.world_size > 1 else "rank"
-    print_facts(
-        f"{settings.name}",
-        [
-            ("base", settings.base),
-            ("model", f"{shape.num_layers} layers of {shape.hidden_size}, {plan.parameters:,} parameters"),
-            ("data", ", ".join(settings.data.train)),
-            ("cluster", f"{cluster.name}: {cluster.nodes} x {cluster.ranks_per_node} = {layout.world_size} {ranks} on "
-                        f"{cluster.gpu or cluster.device}"),  # fmt: skip
-            ("layout", layout.describe()),
-            ("batch", f"{layout.global_batch_size} sequences of {settings.data.sequence_length} = "
-                      f"{format_count(plan.tokens_per_step)} tokens a step, {layout.num_microbatches} micro-batches of "
-                      f"{layout.micro_batch_size} a pipeline"),  # fmt: skip
-            ("steps", f"{plan.total_steps:,} for {format_count(plan.total_tokens)} tokens, {training.precision}"),
-            ("rate", f"{training.learning_rate:g}, {training.decay} to {training.minimum_learning_rate:g}, warm-up over "
-                     f"{training.warmup_share:.1%} of the steps"),  # fmt: skip
-            ("FLOPs", f"{plan.flops_per_token / 1e9:.2f} G a token, forward and backward, causal half of the attention"),
-            ("memory", memory),
-            ("checkpoint", f"{format_bytes(plan.checkpoint_bytes)} every {settings.checkpoint.interval_steps} steps"),
-            ("job", f"{cluster.time_limit} each, told to save {cluster.warning_seconds} s before its end"),
-        ],
-    )  # fmt: skip
+    place = (
+        f"{cluster.nodes} x {cluster.ranks_per_node} = {layout.world_size} {ranks} on {cluster.gpu or cluster.device}"
+    )
+    batch = f"{layout.global_batch_size} sequences of {settings.data.sequence_length}"
+    batch += f" = {format_count(plan.tokens_per_step)} tokens a step, {layout.num_microbatches} micro-batches"
+    rate = f"{training.learning_rate:g}, {training.decay} to {training.minimum_learning_rate:g}"
+    if training.decay == "constant":
+        rate = f"{training.learning_rate:g}, constant"
+    facts = [
+        ("base", settings.base),
+        ("model", f"{shape.num_layers} layers of {shape.hidden_size}, {plan.parameters:,} parameters"),
+        ("data", ", ".join(settings.data.train)),
+        ("cluster", f"{cluster.name}: {place}"),
+        ("layout", layout.describe()),
+        ("batch", f"{batch} of {layout.micro_batch_size} a pipeline"),
+        ("steps", f"{plan.total_steps:,} for {format_count(plan.total_tokens)} tokens, {training.precision}"),
+        ("rate", f"{rate}, warm-up over {training.warmup_share:.1%} of the steps"),
+        ("FLOPs", f"{flops} a token, forward and backward, causal half of the attention"),
+        ("memory", memory),
+        ("checkpoint", f"{format_bytes(plan.checkpoint_bytes)} every {settings.checkpoint.interval_steps} steps"),
+        ("job", f"{cluster.time_limit} each, told to save {cluster.warning_seconds} s before its end"),
+    ]
+    print_facts(settings.name, facts)
     rows = []
     for mfu in MFU_SCENARIOS:
         seconds = plan.seconds_at(mfu)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from orchestrator.commands.request import ask_before_spending, reference_to
+
 
 @click.command(name="resume", short_help="Go on with a run that ended.")
 @click.argument("run", default="last")
@@ -19,12 +21,14 @@ def command(run: str, yes: bool, wait: bool) -> None:
 
     found = find_run(run, Path(paths_in_force().runs))
     if read_plan(found.plan).settings.cluster.device == "cuda" and not yes:
-        click.confirm(f"start run {found.name} again?", abort=True)
+        ask_before_spending(f"start run {found.name} again?")
     status = resume(found)
     start = status.last_checkpoint or "its base"
-    click.echo(f"run {found.name} goes on from {start}, {status.total_steps - (status.last_checkpoint_step or 0)} steps left")
+    click.echo(
+        f"run {found.name} goes on from {start}, {status.total_steps - (status.last_checkpoint_step or 0)} steps left"
+    )
     if wait:
         from orchestrator.follow import follow
 
         follow(found)
-    print_next(f"orchestrate status {found.name}")
+    print_next(f"orchestrate status {reference_to(found)}")

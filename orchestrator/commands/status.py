@@ -20,14 +20,20 @@ def command(run: str | None, as_json: bool) -> None:
     from pathlib import Path
 
     from orchestrator.config import paths_in_force
+    from orchestrator.errors import OrchestrateError
     from orchestrator.run_directory import find_run, list_runs
-    from orchestrator.screen import print_json, print_next
+    from orchestrator.screen import notice, print_json, print_next
     from orchestrator.status import read_status
     from orchestrator.values import to_plain
 
     runs = Path(paths_in_force().runs)
     if run is None:
-        statuses = [read_status(found) for found in list_runs(runs)]
+        statuses = []
+        for found in list_runs(runs):
+            try:
+                statuses.append(read_status(found))
+            except OrchestrateError as error:
+                notice(f"{found.name} is left out: {error}")
         if as_json:
             print_json([to_plain(status) for status in statuses])
             return
