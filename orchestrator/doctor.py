@@ -219,9 +219,7 @@ def check_runs_folder(runs: Path) -> Finding:
 
 def check_mlflow() -> Finding:
     """MLflow, the library."""
-    answer, problem = _probe(
-        "import mlflow, mlflow.store.tracking.sqlalchemy_store; answer = mlflow.__version__"
-    )
+    answer, problem = _probe("import mlflow, mlflow.store.tracking.sqlalchemy_store; answer = mlflow.__version__")
     if problem:
         return _not_importable("MLflow", "mlflow", problem)
     return Finding(name="MLflow", state="ok", found=str(answer), is_needed=True)
@@ -288,9 +286,7 @@ def check_slurm() -> Finding:
             found=f"the controller does not answer: {output}",
             remedy="try `scontrol ping`; if that fails too, ask the cluster's administrators",
         )
-    partitions = ", ".join(
-        f"{line.split()[0]} {line.split()[1]}" for line in output.splitlines() if " " in line
-    )
+    partitions = ", ".join(f"{line.split()[0]} {line.split()[1]}" for line in output.splitlines() if " " in line)
     _, version = _answer(["sbatch", "--version"])
     return Finding(name="Slurm", state="ok", found=f"{version}; nodes a partition: {partitions or 'none'}")
 
@@ -304,9 +300,7 @@ def check_gpus() -> Finding:
             found="no nvidia-smi: ranks run on the CPU, over gloo; right for the demo, tests and planning",
             remedy="train a 7B model on a machine or cluster with GPUs (cluster=h100)",
         )
-    answers, output = _answer(
-        ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    )
+    answers, output = _answer(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
     if not answers or not output:
         return Finding(
             name="GPUs",

@@ -311,9 +311,7 @@ class _Shipment:
         for first in range(0, len(params), BATCH_PARAMS):
             some = params[first : first + BATCH_PARAMS]
             self._client.log_batch(run.info.run_id, params=some, synchronous=True)
-        progress = _Progress(
-            uri=self._uri, experiment_id=experiment_id, run_id=run.info.run_id, status=run.info.status
-        )
+        progress = _Progress(uri=self._uri, experiment_id=experiment_id, run_id=run.info.run_id, status=run.info.status)
         self._save(progress)
         return progress
 
@@ -349,9 +347,7 @@ class _Shipment:
         changed = {key: value for key, value in wanted.items() if self._progress.tags.get(key) != value}
         tags = [self._mlflow.entities.RunTag(key, value) for key, value in changed.items()]
         for first in range(0, len(tags), BATCH_PARAMS):
-            self._client.log_batch(
-                self._progress.run_id, tags=tags[first : first + BATCH_PARAMS], synchronous=True
-            )
+            self._client.log_batch(self._progress.run_id, tags=tags[first : first + BATCH_PARAMS], synchronous=True)
         if changed:
             self._progress.tags.update(changed)
             self._save(self._progress)

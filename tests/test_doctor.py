@@ -67,18 +67,14 @@ def test_a_machine_that_can_run_the_demo_is_told_so_with_exit_code_0(tmp_path: P
     assert not (tmp_path / "orchestrate").exists(), "looking makes nothing"
 
 
-def test_without_a_compiler_on_path_the_screen_says_so_with_exit_code_1(
-    tmp_path: Path, programs: Path
-) -> None:
+def test_without_a_compiler_on_path_the_screen_says_so_with_exit_code_1(tmp_path: Path, programs: Path) -> None:
     result = examine_in(tmp_path)
     assert result.returncode == 1
     assert "to mend: g++" in result.stdout
     assert "no sbatch, srun, squeue, sinfo on PATH" in result.stdout
     assert "no nvidia-smi" in result.stdout
     wide = [line for line in result.stdout.splitlines() if len(line) > 100]
-    assert all(str(tmp_path) in line for line in wide), (
-        "only a path, which has no place to break, may be wider"
-    )
+    assert all(str(tmp_path) in line for line in wide), "only a path, which has no place to break, may be wider"
     assert "Traceback" not in result.stderr
 
 
@@ -128,9 +124,7 @@ def test_a_library_that_kills_its_process_is_a_finding(stand_ins: Path) -> None:
     assert "-6" in finding.found
 
 
-@pytest.mark.parametrize(
-    ("package", "check"), [("mlflow", doctor.check_mlflow), ("submitit", doctor.check_submitit)]
-)
+@pytest.mark.parametrize(("package", "check"), [("mlflow", doctor.check_mlflow), ("submitit", doctor.check_submitit)])
 def test_a_library_that_cannot_be_imported_is_broken(stand_ins: Path, package: str, check: object) -> None:
     add_package(stand_ins, package, "import a_part_that_is_gone")
     assert callable(check)

@@ -58,9 +58,7 @@ def all_tensors(folder: ModelFolder) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_folder_of_transformers_is_read_tensor_by_tensor(
-    tmp_path: Path, shard_size: str, tied: bool
-) -> None:
+def test_a_folder_of_transformers_is_read_tensor_by_tensor(tmp_path: Path, shard_size: str, tied: bool) -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied)).to(torch.bfloat16)
     model.save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_size == "20KB")
@@ -134,9 +132,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     assert "GPT2LMHeadModel" in refusal(tmp_path)
 
 
-def test_a_folder_that_is_none_or_has_no_config_or_no_weights_is_refused(
-    tmp_path: Path, folder: Path
-) -> None:
+def test_a_folder_that_is_none_or_has_no_config_or_no_weights_is_refused(tmp_path: Path, folder: Path) -> None:
     assert "hf download" in refusal(tmp_path / "nowhere")
     assert "no config.json" in refusal(tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
@@ -204,9 +200,7 @@ def test_a_written_folder_round_trips_here_and_in_transformers(
         assert torch.equal(model.state_dict()[name], ours[name]), name
 
 
-def test_the_written_config_gives_the_rotary_base_and_the_special_tokens(
-    tmp_path: Path, folder: Path
-) -> None:
+def test_the_written_config_gives_the_rotary_base_and_the_special_tokens(tmp_path: Path, folder: Path) -> None:
     base = ModelFolder.open(folder)
     write_model_folder(
         tmp_path / "out",

@@ -98,7 +98,7 @@ def test_a_run_stands_where_folder_and_scheduler_say(found: RunRecords, job: Job
 
 LASTS = (None, FINISHED, CRASHED, CANCELLED, STOPPED, STUCK, REQUEUED, RESTARTED)
 EVERY = [
-    (records(*([] if last == "none" else [last]), submitted=submitted, cancelled=cancelled), job)  # type: ignore[list-item]
+    (records(*([] if last == "none" else [last]), submitted=submitted, cancelled=cancelled), job)
     for last, submitted, cancelled, job in itertools.product(
         ("none", *LASTS), ((), (1.0,), AGAIN), (None, 5.5), JobAnswer
     )

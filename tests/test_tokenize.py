@@ -289,9 +289,7 @@ def test_a_folder_that_is_no_data_set_or_a_damaged_one_is_refused_with_the_findi
     (folder / "manifest.json").write_text(manifest)
     os.truncate(folder / "shard_00000.bin", 100)
     (folder / "shard_00000.idx").unlink()
-    with pytest.raises(
-        DataError, match=r"(?s)shard_00000\.bin should have \d+ bytes, found 100.*idx is missing"
-    ):
+    with pytest.raises(DataError, match=r"(?s)shard_00000\.bin should have \d+ bytes, found 100.*idx is missing"):
         read_manifest(folder)
 
 
@@ -312,9 +310,7 @@ def test_the_picture_counts_each_length_in_the_bin_that_holds_it() -> None:
         (None, "exist"),
     ],
 )
-def test_a_tokenizer_file_that_is_none_is_one_clear_error(
-    tmp_path: Path, content: bytes | None, reason: str
-) -> None:
+def test_a_tokenizer_file_that_is_none_is_one_clear_error(tmp_path: Path, content: bytes | None, reason: str) -> None:
     tokenizer = tmp_path / "tokenizer.model"
     if content is not None:
         tokenizer.write_bytes(content)
@@ -364,9 +360,7 @@ def test_a_failed_request_for_held_out_documents_leaves_neither_folder(tmp_path:
     with pytest.raises(ConfigError, match="add --validation-every"):
         tokenize([source], tmp_path / "data", validation_output=tmp_path / "held")
     with pytest.raises(ConfigError, match="two separate folders"):
-        tokenize(
-            [source], tmp_path / "data", validation_output=tmp_path / "data" / "held", validation_every=2
-        )
+        tokenize([source], tmp_path / "data", validation_output=tmp_path / "data" / "held", validation_every=2)
     assert [path.name for path in tmp_path.iterdir()] == ["text.jsonl"]
 
 

@@ -38,9 +38,7 @@ from orchestrator.run_directory import AttemptDirectory, RunDirectory, create_ru
 from orchestrator.tracking import ship
 
 # mlflow 3.17 leaves SQLite connections to the garbage collector.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
 STARTED = 1_800_000_000.0
 DEADLINE_SECONDS = 90.0
@@ -136,9 +134,7 @@ def make_attempt(
         if step in checkpoints:
             name = checkpoint_name(step, number)
             loss = 5 / step + number / 1e6
-            events.append(
-                ValidationEvent(time=moment, step=step, loss=loss, samples=8, consumed_tokens=0, seconds=0.1)
-            )
+            events.append(ValidationEvent(time=moment, step=step, loss=loss, samples=8, consumed_tokens=0, seconds=0.1))
             events.append(
                 CheckpointWrittenEvent(
                     time=moment,
@@ -173,9 +169,7 @@ def everything(store: Path) -> dict[str, list[tuple[Any, ...]]]:
     """All that a shipper writes to a store, but the times at which MLflow wrote it."""
     return {
         "runs": rows(store, "select run_uuid, name, status, start_time, end_time from runs"),
-        "metrics": rows(
-            store, "select run_uuid, key, step, timestamp, value, is_nan from metrics order by 2, 3, 4"
-        ),
+        "metrics": rows(store, "select run_uuid, key, step, timestamp, value, is_nan from metrics order by 2, 3, 4"),
         "params": rows(store, "select run_uuid, key, value from params order by key"),
         "tags": rows(store, "select run_uuid, key, value from tags order by key"),
         "models": rows(store, "select model_id, name, status from logged_models order by name"),
@@ -212,9 +206,7 @@ def test_two_attempts_are_one_run_with_each_step_once(run: RunDirectory, store: 
     two_attempts(run)
     report = ship(run)
     assert rows(store, "select name, status from runs") == [("deepened", "FINISHED")]
-    assert rows(store, "select start_time, end_time from runs") == [
-        ((STARTED + 1000) * 1000, (STARTED + 2500) * 1000)
-    ]
+    assert rows(store, "select start_time, end_time from runs") == [((STARTED + 1000) * 1000, (STARTED + 2500) * 1000)]
     for key in tracking.STEP_METRICS:
         assert steps_of(store, key) == list(range(1, 41)), key
     assert steps_of(store, "validation/loss") == [10, 20, 30, 40]
@@ -245,9 +237,7 @@ def test_shipping_again_changes_nothing_with_and_without_mlflow_json(run: RunDir
     assert everything(store) == before
 
 
-def test_a_lost_store_is_rebuilt_from_the_run_folder(
-    run: RunDirectory, store: Path, migrated_store: Path
-) -> None:
+def test_a_lost_store_is_rebuilt_from_the_run_folder(run: RunDirectory, store: Path, migrated_store: Path) -> None:
     two_attempts(run)
     first = ship(run)
     before = steps_of(store, "train/loss")
@@ -334,9 +324,7 @@ def test_the_status_follows_the_last_outcome(
     assert status_of(store) == "RUNNING", "a resumed run runs again"
 
 
-def test_checkpoints_are_models_by_reference_with_the_loss_of_their_step(
-    run: RunDirectory, store: Path
-) -> None:
+def test_checkpoints_are_models_by_reference_with_the_loss_of_their_step(run: RunDirectory, store: Path) -> None:
     two_attempts(run)
     saved_when_interrupted = CheckpointEvent(
         time=STARTED + 1025, step=25, name=checkpoint_name(25, 1), bytes=7, seconds=1.0
@@ -352,23 +340,17 @@ def test_checkpoints_are_models_by_reference_with_the_loss_of_their_step(
         "step_0000040_attempt_0002",
     ]
     assert {status for (status,) in rows(store, "select status from logged_models")} == {2}, "READY"
-    paths = dict(
-        rows(store, "select model_id, param_value from logged_model_params where param_key = 'path'")
-    )
+    paths = dict(rows(store, "select model_id, param_value from logged_model_params where param_key = 'path'"))
     assert paths[models["step_0000030_attempt_0002"]] == str(run.checkpoint_path("step_0000030.attempt_0002"))
     losses = rows(store, "select metric_step, metric_value from logged_model_metrics order by metric_step")
     assert losses == [(10, 5 / 10 + 1e-6), (20, 5 / 20 + 1e-6), (30, 5 / 30 + 2e-6), (40, 5 / 40 + 2e-6)]
     outputs = rows(store, "select destination_id, step from inputs order by step")
     assert [step for _, step in outputs] == [10, 20, 25, 30, 40]
-    assert steps_of(store, "validation/loss") == [10, 20, 30, 40], (
-        "the models' losses add nothing to the run's"
-    )
+    assert steps_of(store, "validation/loss") == [10, 20, 30, 40], "the models' losses add nothing to the run's"
     assert not (store.parent / "mlflow-artifacts").exists(), "nothing was uploaded"
 
 
-def test_parameters_are_the_settings_without_secrets_within_mlflows_limits(
-    run: RunDirectory, store: Path
-) -> None:
+def test_parameters_are_the_settings_without_secrets_within_mlflows_limits(run: RunDirectory, store: Path) -> None:
     make_attempt(run, range(1, 3))
     ship(run)
     params = dict(rows(store, "select key, value from params"))
@@ -409,9 +391,7 @@ def test_a_pass_with_no_time_left_ends_and_the_next_goes_on(run: RunDirectory, s
 def test_a_shipper_killed_between_batches_leaves_each_step_once(run: RunDirectory, store: Path) -> None:
     make_attempt(run, range(1, 1001), checkpoints=[1000], outcome=("finished", "finish"))
     shipper = start_shipper(run)
-    wait_until(
-        lambda: run.mlflow.exists() and json.loads(run.mlflow.read_text())["offsets"], "a batch is sent"
-    )
+    wait_until(lambda: run.mlflow.exists() and json.loads(run.mlflow.read_text())["offsets"], "a batch is sent")
     shipper.kill()
     shipper.communicate()
     assert len(steps_of(store, "train/loss")) < 1000, "it was killed on its way"
@@ -493,9 +473,7 @@ def test_a_password_in_the_address_is_never_shown(tmp_path: Path) -> None:
     assert "hush" not in str(caught.value)
 
 
-def test_a_server_killed_and_restarted_while_following_loses_and_doubles_nothing(
-    tmp_path: Path, store: Path
-) -> None:
+def test_a_server_killed_and_restarted_while_following_loses_and_doubles_nothing(tmp_path: Path, store: Path) -> None:
     port = free_port()
     run = make_run(tmp_path / "runs", f"http://127.0.0.1:{port}")
     attempt = make_attempt(run, range(1, 101), checkpoints=[50])
@@ -562,9 +540,7 @@ def test_mlflow_is_silent_while_a_new_store_is_made(tmp_path: Path) -> None:
     assert shipper.returncode == 0, errors
     assert errors == ""
     assert json.loads(output)["metrics"] == 20
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "runs"], (
-        "nothing lies where it was called"
-    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "runs"], "nothing lies where it was called"
 
 
 def test_importing_the_module_does_not_import_mlflow() -> None:

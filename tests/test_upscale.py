@@ -157,9 +157,7 @@ def test_bf16_weights_stay_bf16(tmp_path: Path, model: LlamaForCausalLM) -> None
     assert ModelFolder.open(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_tokenizer_special_tokens_generation_settings_and_licence_come_along(
-    tmp_path: Path, base: Path
-) -> None:
+def test_tokenizer_special_tokens_generation_settings_and_licence_come_along(tmp_path: Path, base: Path) -> None:
     (base / "LICENSE").write_text("Apache License\nVersion 2.0")
     (base / "generation_config.json").write_text('{"temperature": 0.5}')
     lineage = upscale(base, tmp_path / "out", drop=2)
@@ -172,9 +170,7 @@ def test_tokenizer_special_tokens_generation_settings_and_licence_come_along(
     assert "`base`" in card
 
 
-def test_the_licence_of_a_model_card_is_found_and_without_one_it_is_unknown(
-    tmp_path: Path, base: Path
-) -> None:
+def test_the_licence_of_a_model_card_is_found_and_without_one_it_is_unknown(tmp_path: Path, base: Path) -> None:
     assert upscale(base, tmp_path / "one", drop=2).licence == "unknown"
     (base / "README.md").write_text("---\ntags:\n- x\nlicense: cc-by-nc-4.0\n---\n# Base\n")
     assert upscale(base, tmp_path / "two", drop=2).licence == "cc-by-nc-4.0"
@@ -186,13 +182,9 @@ def test_the_lineage_has_sources_counts_and_checksums_that_hold(tmp_path: Path, 
     assert lineage["layer_sources"] == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 6, 7]
     assert (lineage["strategy"], lineage["paper"], lineage["drop"]) == ("solar", "arXiv 2312.15166", 2)
     for side, path in (("base", base), ("result", tmp_path / "out")):
-        tensors = {
-            name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()
-        }
+        tensors = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
         assert lineage[side]["parameters"] == sum(tensor.numel() for tensor in tensors.values())
-        sums = {
-            name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()
-        }
+        sums = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
         assert lineage[side]["tensors"] == sums
         for name, digest in lineage[side]["files"].items():
             assert hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
@@ -267,9 +259,7 @@ def test_the_command_deepens_by_a_quarter_and_names_the_next_command(
 def test_a_wanted_depth_decides_the_drop(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, out, _ = run_command(
-        capsys, monkeypatch, base, "--output", tmp_path / "out", "--layers", 10, "--json"
-    )
+    code, out, _ = run_command(capsys, monkeypatch, base, "--output", tmp_path / "out", "--layers", 10, "--json")
     assert code == 0
     summary = json.loads(out)
     assert (summary["drop"], len(summary["layer_sources"])) == (3, 10)

@@ -93,8 +93,9 @@ def test_every_problem_is_listed_with_its_whole_key() -> None:
 
 
 def test_earlier_problems_do_not_hide_a_good_value() -> None:
-    assert from_plain(Inner, {"size": 1e3}, "", problems := []) == Inner(size=1000)
-    assert problems == []
+    problems = ["an earlier one"]
+    assert from_plain(Inner, {"size": 1e3}, "", problems) == Inner(size=1000)
+    assert problems == ["an earlier one"]
 
 
 def test_the_nearest_name_or_all_of_them() -> None:

@@ -43,9 +43,7 @@ class DocumentLengths:
         upper, lower = figure.subplots(2, 1, sharex=True)
         style = {"align": "edge", "edgecolor": "white", "linewidth": 0.5}
         upper.bar(starts, [self.documents[index] for index in shown], widths, color="#3b6ea5", **style)
-        lower.bar(
-            starts, [100 * self.tokens[index] / tokens for index in shown], widths, color="#c8702a", **style
-        )
+        lower.bar(starts, [100 * self.tokens[index] / tokens for index in shown], widths, color="#c8702a", **style)
         for axes in (upper, lower):
             axes.axvline(tokens / documents, color="black", linestyle="--", linewidth=1, label="mean length")
             axes.grid(axis="y", alpha=0.3)

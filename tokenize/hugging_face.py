@@ -34,7 +34,8 @@ def tokenizer_files(model_file: Path) -> dict[str, str]:
     tokens = {name: pieces[number] for name, number in names.items() if number >= 0}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}
     return {
-        "tokenizer.json": json.dumps(_document(pieces, special, joins, tokens, model.bos_id()), ensure_ascii=False) + "\n",
+        "tokenizer.json": json.dumps(_document(pieces, special, joins, tokens, model.bos_id()), ensure_ascii=False)
+        + "\n",
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
     }
 

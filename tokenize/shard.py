@@ -105,9 +105,7 @@ class ShardWriter:
         index.write(lengths.tobytes())
         offset = 0
         for start in range(0, len(lengths), INDEX_CHUNK):
-            sizes = (
-                lengths[start : start + INDEX_CHUNK].astype(numpy.int64) * numpy.dtype(self._dtype).itemsize
-            )
+            sizes = lengths[start : start + INDEX_CHUNK].astype(numpy.int64) * numpy.dtype(self._dtype).itemsize
             ends = offset + numpy.cumsum(sizes)
             index.write((ends - sizes).tobytes())
             offset = int(ends[-1])

@@ -284,9 +284,7 @@ class _Reading:
             self._quarantine = None
 
 
-def _batches(
-    found: FoundFiles, text_key: str, reading: _Reading, bar: "_ProgressBar"
-) -> Iterator[list[Document]]:
+def _batches(found: FoundFiles, text_key: str, reading: _Reading, bar: "_ProgressBar") -> Iterator[list[Document]]:
     """Yield documents in groups worth a call of the engine; put bad records into quarantine."""
     batch: list[Document] = []
     batch_bytes = 0

@@ -35,9 +35,7 @@ ON_CHARTS = "workflowType=machine_learning"
 
 
 @click.command()
-@click.option(
-    "--port", type=click.IntRange(1, 65535), help="Port to serve on.  [default: 5000, or the next free one]"
-)
+@click.option("--port", type=click.IntRange(1, 65535), help="Port to serve on.  [default: 5000, or the next free one]")
 @click.option("--run", "reference", metavar="RUN", help="Open on this run, from its own store.")
 @click.option("--print-url", is_flag=True, help="Print the address that would be opened, and leave.")
 def command(port: int | None, reference: str | None, print_url: bool) -> None:
@@ -71,9 +69,7 @@ def command(port: int | None, reference: str | None, print_url: bool) -> None:
 
 def _shown(runs: list[RunDirectory], uri: str) -> RunDirectory | None:
     """Return the newest run that is in a store."""
-    return next(
-        (run for run in runs if run.mlflow.exists() and read_json(run.mlflow).get("uri") == uri), None
-    )
+    return next((run for run in runs if run.mlflow.exists() and read_json(run.mlflow).get("uri") == uri), None)
 
 
 def _page(base: str, run: RunDirectory | None, is_for_run: bool) -> str:
@@ -89,9 +85,7 @@ def _free_port(wanted: int | None) -> int:
     """Return the port asked for, or else the first free one from 5000 on, said where it is another."""
     if wanted is not None:
         if not _is_free(wanted):
-            raise ConfigError(
-                f"port {wanted} of {ADDRESS} is taken; name another with --port, or leave --port away"
-            )
+            raise ConfigError(f"port {wanted} of {ADDRESS} is taken; name another with --port, or leave --port away")
         return wanted
     for port in range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED):
         if _is_free(port):
@@ -121,9 +115,7 @@ def _ship_pending(runs: list[RunDirectory]) -> None:
     for index, run in enumerate(runs):
         left = deadline - time.monotonic()
         if left <= 0:
-            click.echo(
-                f"{len(runs) - index} runs wait for the next `orchestrate ui`: the time is over", err=True
-            )
+            click.echo(f"{len(runs) - index} runs wait for the next `orchestrate ui`: the time is over", err=True)
             return
         try:
             report = ship(run, seconds=left)
@@ -190,9 +182,7 @@ def _wait_until_ready(server: "subprocess.Popen[bytes]", port: int, output: IO[b
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise TrackingError(
-                f"MLflow's server ended with {server.returncode} at its start:\n{_tail(output)}"
-            )
+            raise TrackingError(f"MLflow's server ended with {server.returncode} at its start:\n{_tail(output)}")
         try:
             with urllib.request.urlopen(f"http://{ADDRESS}:{port}/health", timeout=5):
                 return

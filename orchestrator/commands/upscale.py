@@ -22,9 +22,7 @@ SOLAR_PARAMETERS = 10_731_524_096
 @click.command()
 @click.argument("base", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="New folder for the result.")
-@click.option(
-    "--strategy", default="solar", show_default=True, help=f"Rule: {', '.join(STRATEGIES)}.", metavar="NAME"
-)
+@click.option("--strategy", default="solar", show_default=True, help=f"Rule: {', '.join(STRATEGIES)}.", metavar="NAME")
 @click.option("--drop", type=int, help="Layers left out of each copy.  [default: a quarter of the base's]")
 @click.option("--layers", type=int, help="Depth wanted, instead of --drop.")
 @click.option("--explain", is_flag=True, help="Draw which layer comes from where; write nothing.")
@@ -89,9 +87,7 @@ def _run(
         click.echo(json.dumps(summary, indent=2))
         return
     if "output" in summary:
-        click.echo(
-            f"written  {output}, {len(summary['files'])} files; lineage.json has sources and checksums"
-        )
+        click.echo(f"written  {output}, {len(summary['files'])} files; lineage.json has sources and checksums")
         click.echo(f"licence  of the base: {summary['licence']}")
     click.echo(f"next: {next_command}")
 
