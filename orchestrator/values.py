@@ -119,6 +119,7 @@ def _convert(kind: Any, data: object, path: str, problems: list[str]) -> Any:
 def _convert_dataclass(kind: type, data: object, path: str, problems: list[str]) -> Any:
     if not isinstance(data, Mapping):
         return _wrong(path, "a mapping of fields", data, problems)
+    before = len(problems)
     hints = field_types(kind)
     values: dict[str, Any] = {}
     for key, item in data.items():
@@ -132,7 +133,7 @@ def _convert_dataclass(kind: type, data: object, path: str, problems: list[str])
         if required and field.name not in values:
             where = f"{path}.{field.name}" if path else field.name
             problems.append(f"{where} is missing; set it in the recipe or as {where}=VALUE")
-    return kind(**values) if not problems else None
+    return kind(**values) if len(problems) == before else None
 
 
 def _convert_scalar(kind: Any, data: object, path: str, problems: list[str]) -> Any:
