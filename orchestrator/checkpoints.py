@@ -85,7 +85,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"no checkpoint at {path}; `orchestrate status` lists those that are there")
     if not (path / MARKER).exists():
         raise CheckpointError(f"{path} was never completed (no {MARKER} in it); use an earlier checkpoint")
-    return Checkpoint(path=path, **read_json(path / MARKER))
+    try:
+        return Checkpoint(path=path, **read_json(path / MARKER))
+    except TypeError as error:
+        raise CheckpointError(f"{path / MARKER} is not of this version: {error}; use an earlier checkpoint") from error
 
 
 def complete_checkpoints(run: RunDirectory) -> list[Checkpoint]:

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from orchestrator.errors import RunError
+from orchestrator.plan import read_plan
 from orchestrator.reconcile import ENDED, State
 from orchestrator.run_directory import RunDirectory
 from orchestrator.screen import console, notice
 from orchestrator.status import RunStatus, read_status
 from orchestrator.units import format_count
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = {"local": 0.5, "slurm": 5.0}
+"""By scheduler: a shared controller is not to be asked twice a second."""
 
 
 def follow(run: RunDirectory, at_poll: Callable[[RunStatus], None] = lambda status: None) -> RunStatus:
@@ -33,6 +35,7 @@ def follow(run: RunDirectory, at_poll: Callable[[RunStatus], None] = lambda stat
         console=console(notices=True),
     ) as progress:
         task = progress.add_task(run.name, total=None, detail="starting")
+        interval_seconds = POLL_SECONDS[read_plan(run.plan).settings.cluster.scheduler]
         try:
             while True:
                 status = read_status(run)
@@ -40,7 +43,7 @@ def follow(run: RunDirectory, at_poll: Callable[[RunStatus], None] = lambda stat
                 progress.update(task, completed=status.step, total=status.total_steps, detail=_detail(status))
                 if status.state in ENDED:
                     break
-                time.sleep(POLL_SECONDS)
+                time.sleep(interval_seconds)
         except KeyboardInterrupt:
             progress.stop()
             notice(f"run {run.name} goes on by itself; end it with `orchestrate cancel {run.name}`")

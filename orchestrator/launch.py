@@ -107,7 +107,7 @@ def launch(plan: TrainingPlan, command: str) -> RunDirectory:
         snapshot_code(run)
         write_json(run.provenance, provenance(command))
         write_plan(run.plan, plan)
-        submit(run)
+        submit(run, by="person")
     except BaseException:
         discard_run(run)
         raise
@@ -131,7 +131,7 @@ def resume(run: RunDirectory) -> RunStatus:
         )
     check_scheduler(read_plan(run.plan))
     run.cancel_mark.unlink(missing_ok=True)
-    submit(run)
+    submit(run, by="person")
     return status
 
 

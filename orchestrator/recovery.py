@@ -52,20 +52,20 @@ _STOPS = {
 _REQUEUED = (Cause.TIME_LIMIT, Cause.PREEMPTED)
 
 
-def decide(history: Sequence[Ending], ending: Ending, max_without_progress: int) -> Decision:
+def decide(history: Sequence[Ending], ending: Ending, max_without_progress: int, *, started_from: int) -> Decision:
     """Return what follows an ending.
 
     Args:
         history: earlier endings since a person last started the run, the oldest first.
-        max_without_progress: attempts in a row that saved nothing new after which the run stops. The first
-            of the history counts as progress unless nothing was ever saved: where it began is not known.
+        max_without_progress: attempts in a row that saved nothing new after which the run stops.
+        started_from: step of the checkpoint from which the first of these attempts began.
     """
     if ending.cause == Cause.FINISHED:
         return Decision(action=Action.FINISH, why="all steps are done")
     if ending.cause in _STOPS:
         return Decision(action=Action.STOP, why=_STOPS[ending.cause])
     stuck: list[Ending] = []
-    before = 0
+    before = started_from
     for attempt in [*history, ending]:
         stuck = [] if attempt.saved_step > before else [*stuck, attempt]
         before = attempt.saved_step

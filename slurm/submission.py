@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -39,8 +40,11 @@ def check_scheduler(plan: TrainingPlan) -> None:
         )
 
 
-def submit(run: RunDirectory) -> str:
+def submit(run: RunDirectory, *, by: Literal["person", "supervisor"]) -> str:
     """Submit the supervisor of a run and record the job.
+
+    Args:
+        by: who wants it; failures are counted since a person last did.
 
     Returns:
         the job's id.
@@ -60,7 +64,7 @@ def submit(run: RunDirectory) -> str:
     )
     if result.returncode:
         raise SchedulerError(f"the job of run {run.name} could not be submitted:\n{result.stderr.strip()[-2000:]}")
-    record = json.loads(result.stdout.splitlines()[-1])
+    record = {**json.loads(result.stdout.splitlines()[-1]), "by": by}
     lines = JsonLines(run.submissions)
     lines.append(record)
     lines.close()

@@ -103,9 +103,14 @@ class Supervisor:
         shipper = self._start_shipper(attempt)
         watched = self._watch(attempt, notes)
         steps = [event.step for _, event in read_events(attempt.events) if isinstance(event, StartEvent | StepEvent)]
-        checkpoints = complete_checkpoints(self._run)
-        ending = Ending(cause=watched.cause, saved_step=checkpoints[-1].step if checkpoints else 0)
-        decision = decide(self._history(attempt), ending, self._plan.settings.max_restarts_without_progress)
+        ending = Ending(cause=watched.cause, saved_step=self._saved_step(attempt.number))
+        history = self._history(attempt)
+        decision = decide(
+            [ending for _, ending in history],
+            ending,
+            self._plan.settings.max_restarts_without_progress,
+            started_from=self._saved_step((history[0][0] if history else attempt.number) - 1),
+        )
         notes.close()
         write_json(
             attempt.outcome,
@@ -174,7 +179,7 @@ class Supervisor:
         return start_ranks(self._run, attempt, self._plan, self._preload)
 
     def _job_record(self, started: float) -> dict[str, Any]:
-        submissions = [record for _, record in read_json_lines(self._run.submissions)]
+        submissions = self._submissions()
         return {
             "scheduler": self._plan.settings.cluster.scheduler,
             "job_id": os.environ.get("SLURM_JOB_ID")
@@ -187,16 +192,27 @@ class Supervisor:
             "started": started,
         }
 
-    def _history(self, current: AttemptDirectory) -> list[Ending]:
-        """Return the endings since a person last started the run."""
-        endings: list[Ending] = []
+    def _submissions(self) -> list[dict[str, Any]]:
+        return [record for _, record in read_json_lines(self._run.submissions)]
+
+    def _saved_step(self, attempt: int) -> int:
+        """Return the step of the newest checkpoint that an attempt or one before it wrote."""
+        return max((c.step for c in complete_checkpoints(self._run) if c.attempt <= attempt), default=0)
+
+    def _history(self, current: AttemptDirectory) -> list[tuple[int, Ending]]:
+        """Return number and ending of the attempts since a person last started the run.
+
+        An attempt whose supervisor was lost has no outcome, and counts as one that ended so.
+        """
+        by_a_person = [float(record["time"]) for record in self._submissions() if record["by"] == "person"]
+        endings = []
         for attempt in self._run.attempts():
-            outcome = attempt.read_outcome()
-            if attempt.number >= current.number or outcome is None:
+            job = attempt.read_job()
+            if attempt.number >= current.number or job is None or float(job["started"]) < max(by_a_person, default=0):
                 continue
-            endings.append(Ending(cause=Cause(outcome["cause"]), saved_step=outcome["saved_step"]))
-            if outcome["action"] in (Action.STOP, Action.FINISH):
-                endings.clear()
+            outcome = attempt.read_outcome()
+            cause = Cause(outcome["cause"]) if outcome is not None else Cause.SUPERVISOR_LOST
+            endings.append((attempt.number, Ending(cause=cause, saved_step=self._saved_step(attempt.number))))
         return endings
 
     def _start_shipper(self, attempt: AttemptDirectory) -> "subprocess.Popen[bytes]":
@@ -222,9 +238,12 @@ class Supervisor:
 
     def _requeue(self) -> None:
         """Have the run go on in another job."""
+        if self._run.cancel_mark.exists():
+            log.info("cancelled meanwhile; does not go on")
+            return
         job = os.environ.get("SLURM_JOB_ID")
         if job is None:
-            log.info("goes on as job %s", submit(self._run))
+            log.info("goes on as job %s", submit(self._run, by="supervisor"))
             return
         log.info("requeues job %s", job)
         subprocess.run(["scontrol", "requeue", job], check=True)

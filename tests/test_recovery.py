@@ -16,10 +16,10 @@ STOPPING = (
 )  # fmt: skip
 
 
-def follow(*endings: tuple[Cause, int], most: int = 2) -> Decision:
+def follow(*endings: tuple[Cause, int], most: int = 2, started_from: int = 0) -> Decision:
     """Decide on the last of some endings."""
     *history, last = [Ending(cause=cause, saved_step=step) for cause, step in endings]
-    return decide(history, last, most)
+    return decide(history, last, most, started_from=started_from)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,12 @@ def test_what_stops_a_run_without_progress_is_told() -> None:
         "no progress beyond step 20 in 2 attempts (time_limit, rank_killed)"
     )
     assert follow((KILLED, 0), most=1).why == "no progress beyond step 0 in 1 attempt (rank_killed)"
+
+
+def test_a_resumed_run_is_measured_from_where_it_was_resumed() -> None:
+    assert follow((KILLED, 20), (KILLED, 20), started_from=20).action == Action.STOP
+    assert follow((KILLED, 20), (KILLED, 20), started_from=10).action == Action.RESTART
+    assert follow((Cause.SUPERVISOR_LOST, 20), (KILLED, 20), started_from=20).action == Action.STOP
 
 
 def test_a_restart_says_from_where() -> None:

@@ -156,6 +156,19 @@ def test_a_cancelled_run_goes_on_from_where_it_saved_when_it_is_resumed(start: C
     assert status.attempt_list[1].first_step == cancelled.step + 1
 
 
+def test_a_cancel_between_the_warning_and_the_end_is_not_undone_by_a_requeue(
+    start: Callable[..., RunDirectory],
+) -> None:
+    run = start(steps=2000)
+    wait_for("step 3", lambda: step_of(run) >= 3, run)
+    run.write_cancel_mark()  # as `orchestrate cancel` does before it tells the scheduler
+    warn_of_time_limit(run)
+    status = wait_to_end(run)
+    wait_for("an empty machine", lambda: not processes_of(run), run)
+    assert (status.state, status.attempts) == (State.CANCELLED, 1)
+    assert read_status(run).attempt_list[0].cause == "time_limit"
+
+
 def test_an_exception_in_a_rank_is_what_the_user_sees_and_nothing_is_started_again(
     start: Callable[..., RunDirectory], tmp_path: Path
 ) -> None:

@@ -53,6 +53,14 @@ def test_twenty_steps_at_a_layout_have_the_losses_of_one_rank(
     assert held_out < 1e-6
 
 
+def test_bf16_follows_fp32_within_its_rounding(trainer: Trainer, one_rank: tuple[list[float], list[float]]) -> None:
+    run, plan = trainer.make_run("training.precision=bf16", steps=STEPS)
+    attempt = trainer.train(run, plan)
+    difference = relative_difference(losses(attempt), one_rank[0])
+    print(f"bf16: largest relative difference {difference:.1e}")
+    assert 0 < difference < 2e-2  # 8 bits of mantissa, 2**-8 = 4e-3, over 20 steps
+
+
 def test_training_lowers_the_loss(one_rank: tuple[list[float], list[float]]) -> None:
     steps, held_out = one_rank
     assert steps[0] == pytest.approx(torch.tensor(32000.0).log().item(), rel=0.01)  # new weights know nothing
