@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megatron_solar.model_folder import Checksums, ModelFolder, write_model_folder
+from megatron_solar.model_folder import ModelFolder
+from megatron_solar.model_writer import Checksums, write_model_folder
 from megatron_solar.weights import to_hugging_face
 from orchestrator.checkpoints import Checkpoint, damage
 from orchestrator.errors import CheckpointError

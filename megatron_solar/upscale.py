@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from megatron_solar.depth import STRATEGIES, DepthMap, depth_map
-from megatron_solar.model_folder import Checksums, ModelFolder, expected_tensors, write_model_folder
+from megatron_solar.model_folder import ModelFolder, expected_tensors
+from megatron_solar.model_writer import Checksums, write_model_folder
 from orchestrator.errors import ModelFolderError
 from orchestrator.files import sha256_of
 from orchestrator.model_shape import TransformerShape

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_solar.model_folder import expected_tensors, write_model_folder
+from megatron_solar.model_folder import expected_tensors
+from megatron_solar.model_writer import write_model_folder
 from orchestrator.checkpoints import checkpoint_name, mark_complete
 from orchestrator.config import compose, to_yaml
 from orchestrator.files import JsonLines, write_atomic, write_json

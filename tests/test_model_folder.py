@@ -15,7 +15,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from megatron_solar.model_folder import ModelFolder, expected_tensors, write_model_folder
+from megatron_solar.model_folder import ModelFolder, expected_tensors
+from megatron_solar.model_writer import write_model_folder
 from orchestrator.errors import ModelFolderError, OrchestrateError
 
 SIZES = {
