@@ -26,6 +26,7 @@ from yaml import YAMLError
 from orchestrator.checks import settings_problems
 from orchestrator.errors import ConfigError
 from orchestrator.settings import RANDOM_BASE, PathSettings, RunSettings
+from orchestrator.tracking_store import default_store
 from orchestrator.values import field_types, from_plain, nearest, to_plain, unknown_key
 
 GROUPS = ("model", "cluster")
@@ -214,13 +215,11 @@ def _with_absolute_paths(settings: RunSettings) -> RunSettings:
         validation=tuple(map(absolute, settings.data.validation)),
     )
     runs = absolute(settings.paths.runs)
-    tracking = settings.tracking
-    if not tracking.uri:
-        tracking = dataclasses.replace(tracking, uri=f"sqlite:///{Path(runs).parent / 'mlflow.db'}")
+    uri = settings.tracking.uri or default_store(Path(runs))
     return dataclasses.replace(
         settings,
         base=settings.base if settings.base == RANDOM_BASE else absolute(settings.base),
         data=data,
-        tracking=tracking,
+        tracking=dataclasses.replace(settings.tracking, uri=uri),
         paths=PathSettings(runs=runs),
     )

@@ -227,7 +227,7 @@ def check_mlflow() -> Finding:
 
 def check_store(uri: str) -> Finding:
     """MLflow's store: a SQLite file that can be written, or a server that answers."""
-    from orchestrator.tracking import sqlite_path, store_problem, without_password
+    from orchestrator.tracking_store import sqlite_path, store_problem, without_password
 
     shown = without_password(uri)
     path = sqlite_path(uri)
@@ -448,7 +448,7 @@ def places_in_force() -> Places:
         OrchestrateError: the configuration cannot be read.
     """
     from orchestrator.config import paths_in_force
-    from orchestrator.tracking import default_store
+    from orchestrator.tracking_store import default_store
 
     runs = Path(paths_in_force().runs)
     return Places(runs=runs, store=default_store(runs))

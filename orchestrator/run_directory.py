@@ -1,7 +1,7 @@
 """The only place that knows the file names of a run.
 
     RUNS/NAME/
-      config.yaml  plan.json  provenance.json  mlflow.json  cancel.json
+      config.yaml  plan.json  provenance.json  mlflow.json  mlflow.lock  cancel.json
       code/                      what the workers import
       attempts/0001/             job.json  events.jsonl  supervisor.jsonl  stop.json  outcome.json
                                  rendezvous.json  failures/rank_0003.json  logs/rank_0003.log
@@ -127,6 +127,11 @@ class RunDirectory:
     def mlflow(self) -> Path:
         """MLflow's run id and how far its events were shipped; written by the shipper."""
         return self.path / "mlflow.json"
+
+    @property
+    def mlflow_lock(self) -> Path:
+        """Names the shipper at work; there only while it is."""
+        return self.path / "mlflow.lock"
 
     @property
     def code(self) -> Path:

@@ -10,7 +10,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +20,6 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator import tracking
 from orchestrator.checkpoints import checkpoint_name
 from orchestrator.errors import OrchestrateError, TrackingError
 from orchestrator.events import (
@@ -34,8 +32,11 @@ from orchestrator.events import (
     event_record,
 )
 from orchestrator.files import JsonLines, write_json
+from orchestrator.owner_lock import hold
 from orchestrator.run_directory import AttemptDirectory, RunDirectory, create_run
-from orchestrator.tracking import ship
+from orchestrator.shipment import BATCH_METRICS, LONGEST_PARAM, STEP_METRICS, ShipReport
+from orchestrator.tracking import follow, ship
+from orchestrator.tracking_store import load_mlflow
 
 # mlflow 3.17 leaves SQLite connections to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -48,7 +49,7 @@ DEADLINE_SECONDS = 90.0
 def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty store with its tables, copied by each test, since making one takes seconds."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    tracking._load_mlflow().MlflowClient(f"sqlite:///{path}").search_experiments()
+    load_mlflow().MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
 
 
@@ -207,7 +208,7 @@ def test_two_attempts_are_one_run_with_each_step_once(run: RunDirectory, store: 
     report = ship(run)
     assert rows(store, "select name, status from runs") == [("deepened", "FINISHED")]
     assert rows(store, "select start_time, end_time from runs") == [((STARTED + 1000) * 1000, (STARTED + 2500) * 1000)]
-    for key in tracking.STEP_METRICS:
+    for key in STEP_METRICS:
         assert steps_of(store, key) == list(range(1, 41)), key
     assert steps_of(store, "validation/loss") == [10, 20, 30, 40]
     assert steps_of(store, "checkpoint/stall_seconds") == [10, 20, 30, 40]
@@ -357,21 +358,21 @@ def test_parameters_are_the_settings_without_secrets_within_mlflows_limits(run: 
     assert params["model.num_layers"] == "48"
     assert params["data.train"] == '["/data/a", "/data/b"]'
     assert params["plan.total_steps"] == "40"
-    assert len(params["model.note"]) == tracking.LONGEST_PARAM
+    assert len(params["model.note"]) == LONGEST_PARAM
     assert params["cluster.environment"] == "TOKEN"
     assert "tracking.uri" not in params
     assert "hush" not in str(everything(store))
 
 
 def test_a_run_without_attempts_makes_nothing(run: RunDirectory, store: Path) -> None:
-    assert ship(run) == tracking.ShipReport()
+    assert ship(run) == ShipReport()
     assert rows(store, "select count(*) from runs") == [(0,)]
 
 
 def test_a_run_deleted_in_mlflow_is_not_brought_back(run: RunDirectory, store: Path) -> None:
     make_attempt(run, range(1, 3))
     report = ship(run)
-    tracking._load_mlflow().MlflowClient(f"sqlite:///{store}").delete_run(report.run_id)
+    load_mlflow().MlflowClient(f"sqlite:///{store}").delete_run(report.run_id)
     with pytest.raises(TrackingError, match="was deleted in MLflow"):
         ship(run)
 
@@ -380,7 +381,7 @@ def test_a_pass_with_no_time_left_ends_and_the_next_goes_on(run: RunDirectory, s
     make_attempt(run, range(1, 301), outcome=("finished", "finish"))
     first = ship(run, seconds=0)
     assert not first.is_complete
-    assert 0 < first.metrics <= tracking.BATCH_METRICS
+    assert 0 < first.metrics <= BATCH_METRICS
     assert status_of(store) == "RUNNING"
     second = ship(run)
     assert first.metrics + second.metrics == 10 * 300
@@ -395,16 +396,16 @@ def test_a_shipper_killed_between_batches_leaves_each_step_once(run: RunDirector
     shipper.kill()
     shipper.communicate()
     assert len(steps_of(store, "train/loss")) < 1000, "it was killed on its way"
-    assert tracking._lock_path(run).exists(), "it left its lock behind"
+    assert run.mlflow_lock.exists(), "it left its lock behind"
     ship(run)
     assert steps_of(store, "train/loss") == list(range(1, 1001))
     assert len(rows(store, "select * from logged_models")) == 1
-    assert not tracking._lock_path(run).exists()
+    assert not run.mlflow_lock.exists()
 
 
 def test_the_second_of_two_shippers_leaves_politely(run: RunDirectory, store: Path) -> None:
     make_attempt(run, range(1, 3))
-    with tracking._only_shipper(run) as other:
+    with hold(run.mlflow_lock, "shipper") as other:
         assert not other
         second = start_shipper(run)
         output, _ = second.communicate(timeout=DEADLINE_SECONDS)
@@ -412,38 +413,6 @@ def test_the_second_of_two_shippers_leaves_politely(run: RunDirectory, store: Pa
         assert json.loads(output)["other_shipper"] == f"process {os.getpid()} on {socket.gethostname()}"
         assert rows(store, "select count(*) from runs") == [(0,)]
     assert ship(run).metrics == 20
-
-
-def test_of_many_that_find_a_stale_lock_one_takes_it(run: RunDirectory) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    record = {"process": dead.pid, "created": 1.0, "host": socket.gethostname(), "time": 1.0}
-    for _ in range(20):
-        tracking._lock_path(run).write_text(json.dumps(record))
-        together = threading.Barrier(8)
-        owners: list[str] = []
-
-        def take(barrier: threading.Barrier = together, found: list[str] = owners) -> None:
-            barrier.wait()
-            found.append(tracking._take_over(tracking._lock_path(run)))
-
-        threads = [threading.Thread(target=take) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert owners.count("") == 1, owners
-
-
-def test_another_hosts_lock_is_respected_until_it_is_old(run: RunDirectory) -> None:
-    path = tracking._lock_path(run)
-    path.write_text(json.dumps({"process": 1, "created": 1.0, "host": "node-of-old", "time": 1.0}))
-    with tracking._only_shipper(run) as other:
-        assert other == "process 1 on node-of-old"
-    old = time.time() - tracking.FOREIGN_LOCK_SECONDS - 1
-    os.utime(path, (old, old))
-    with tracking._only_shipper(run) as other:
-        assert not other
 
 
 @pytest.mark.parametrize("place", ["a file that is no folder", "a server that is not there", "no database"])
@@ -459,10 +428,10 @@ def test_a_store_that_is_away_is_one_error_at_once_and_hurts_nothing(tmp_path: P
     began = time.monotonic()
     with pytest.raises(TrackingError, match="nothing is lost"):
         ship(run)
-    assert tracking.follow(run, lambda: True, 0.1) is None
+    assert follow(run, lambda: True, 0.1) is None
     assert time.monotonic() - began < 15
     assert not run.mlflow.exists()
-    assert not tracking._lock_path(run).exists()
+    assert not run.mlflow_lock.exists()
 
 
 def test_a_password_in_the_address_is_never_shown(tmp_path: Path) -> None:

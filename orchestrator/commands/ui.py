@@ -23,6 +23,13 @@ import click
 from orchestrator.errors import ConfigError, OrchestrateError, TrackingError
 from orchestrator.files import read_json
 from orchestrator.run_directory import RunDirectory, find_run, list_runs
+from orchestrator.tracking_store import (
+    QUIET_ENVIRONMENT,
+    artifact_location,
+    default_store,
+    store_of,
+    without_password,
+)
 
 ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 5000
@@ -44,7 +51,6 @@ def command(port: int | None, reference: str | None, print_url: bool) -> None:
     Sends the events that MLflow does not have yet, then serves MLflow on 127.0.0.1 until Ctrl-C.
     """
     from orchestrator.config import paths_in_force
-    from orchestrator.tracking import default_store, store_of, without_password
 
     folder = Path(paths_in_force().runs)
     runs = [find_run(reference, folder)] if reference else list(list_runs(folder))
@@ -137,12 +143,7 @@ def _serve(uri: str, port: int, page: str) -> None:
         # In a session of its own: Ctrl-C comes to this process, which ends the whole group.
         server = subprocess.Popen(
             _server_command(uri, port),
-            env={
-                **os.environ,
-                "MLFLOW_DISABLE_TELEMETRY": "true",
-                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-                "MLFLOW_LOGGING_LEVEL": "ERROR",
-            },
+            env={**os.environ, **QUIET_ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -169,8 +170,6 @@ def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _server_command(uri: str, port: int) -> list[str]:
-    from orchestrator.tracking import artifact_location
-
     command = [sys.executable, "-P", "-m", "mlflow", "server", "--workers", "1"]
     command += ["--host", ADDRESS, "--port", str(port)]
     command += ["--backend-store-uri", uri, "--no-serve-artifacts", "--uvicorn-opts", "--log-level=warning"]
