@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_solar.model_folder import ModelFolder
 from megatron_solar.model_writer import Checksums, write_model_folder
+from megatron_solar.upscale import LINEAGE_FILE
 from megatron_solar.weights import to_hugging_face
 from orchestrator.checkpoints import Checkpoint, damage
 from orchestrator.errors import CheckpointError
@@ -27,7 +28,6 @@ from orchestrator.tokenize import hugging_face
 from orchestrator.tokenize.manifest import read_manifest
 from orchestrator.version import VERSION
 
-LINEAGE = "lineage.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -114,7 +114,7 @@ def export(
         tokenizer_files=tokenizer_files,
         extra_files=_made_tokenizer(tokenizer_files),
         describe=lambda sums: {
-            LINEAGE: json.dumps({**lineage, "tensors": dict(sums.tensors), "files": dict(sums.files)}, indent=2) + "\n"
+            LINEAGE_FILE: json.dumps({**lineage, "tensors": {**sums.tensors}, "files": {**sums.files}}, indent=2)
         },
     )
 
@@ -127,7 +127,7 @@ def _from_base(plan: TrainingPlan) -> tuple[list[Path], dict[str, object], objec
         ids: dict[str, object] = {
             key: folder.config[key] for key in ("bos_token_id", "eos_token_id") if key in folder.config
         }
-        path = folder.path / LINEAGE
+        path = folder.path / LINEAGE_FILE
         return folder.tokenizer_files(), ids, json.loads(path.read_text()) if path.exists() else None
     data = Path(settings.data.train[0])
     manifest = read_manifest(data)

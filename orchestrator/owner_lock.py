@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from orchestrator.processes import living_process
+
 log = logging.getLogger(__name__)
 
 FOREIGN_LOCK_SECONDS = 600.0
@@ -77,10 +79,7 @@ def _living_owner(text: str, touched: float) -> str:
     except (ValueError, KeyError, TypeError):
         return ""
     if host == socket.gethostname():
-        try:
-            alive = abs(psutil.Process(process).create_time() - created) < 1
-        except psutil.NoSuchProcess:
-            alive = False
+        alive = living_process(process, created) is not None
     else:
         alive = time.time() - touched < FOREIGN_LOCK_SECONDS
     return f"process {process} on {host}" if alive else ""

@@ -3,12 +3,14 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 
 import psutil
 
 from orchestrator.errors import SchedulerError
 from orchestrator.files import read_json_lines
+from orchestrator.processes import living_process
 from orchestrator.reconcile import JobAnswer
 from orchestrator.run_directory import RunDirectory
 
@@ -25,6 +27,8 @@ def ask(run: RunDirectory) -> JobAnswer:
     newest = submissions[-1]
     if newest["scheduler"] == "slurm":
         return _ask_slurm(str(newest["job_id"]))
+    if newest["host"] != socket.gethostname():
+        return JobAnswer.SILENT  # processes of another host cannot be seen
     return JobAnswer.RUNNING if local_process(run) is not None else JobAnswer.GONE
 
 
@@ -35,12 +39,8 @@ def local_process(run: RunDirectory) -> psutil.Process | None:
     candidates = [(job["process"], job["process_created"])] if job else []
     submissions = [record for _, record in read_json_lines(run.submissions)]
     candidates += [(int(submissions[-1]["job_id"]), submissions[-1]["process_created"])] if submissions else []
-    for number, created in candidates:
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(number)
-            if abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
-                return process
-    return None
+    living = (living_process(number, created) for number, created in candidates)
+    return next((process for process in living if process is not None), None)
 
 
 def tell_to_end(run: RunDirectory) -> None:
@@ -53,6 +53,8 @@ def tell_to_end(run: RunDirectory) -> None:
     if submissions and submissions[-1]["scheduler"] == "slurm":
         _run(["scancel", str(submissions[-1]["job_id"])])
         return
+    if submissions and submissions[-1]["host"] != socket.gethostname():
+        raise SchedulerError(f"run {run.name} runs on {submissions[-1]['host']}; cancel it there")
     process = local_process(run)
     if process is not None:
         with contextlib.suppress(ProcessLookupError):

@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -142,7 +143,13 @@ def main(path: str) -> None:
     except Exception:
         os.dup2(errors, 2)
         raise
-    record = {"time": time.time(), "scheduler": scheduler, "job_id": job_id, "process_created": created}
+    record = {
+        "time": time.time(),
+        "scheduler": scheduler,
+        "job_id": job_id,
+        "process_created": created,
+        "host": socket.gethostname(),
+    }
     os.write(answer, (json.dumps(record) + "\n").encode())
 
 

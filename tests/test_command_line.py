@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -64,6 +65,11 @@ def refused(result: "subprocess.CompletedProcess[str]", code: int, *messages: st
         assert message in result.stderr
 
 
+def submission(**facts: object) -> dict[str, object]:
+    """Return a job's record as `submit` writes it."""
+    return {"time": time.time(), "scheduler": "local", "host": socket.gethostname(), "by": "person", **facts}
+
+
 def make_run(runs: Path, name: str = "a-run", *overrides: str, ended: str | None = None) -> RunDirectory:
     """Make a run's folder as `launch` and a supervisor leave it; nothing of it lives.
 
@@ -77,7 +83,7 @@ def make_run(runs: Path, name: str = "a-run", *overrides: str, ended: str | None
     lines = JsonLines(run.submissions)
     scheduler = settings.cluster.scheduler
     # Process 1 was not created then, so that this is a job that is gone.
-    lines.append({"time": time.time() - 60, "scheduler": scheduler, "job_id": "1", "process_created": 1.0})
+    lines.append(submission(scheduler=scheduler, time=time.time() - 60, job_id="1", process_created=1.0))
     lines.close()
     if ended is not None:
         attempt = run.new_attempt()
@@ -259,12 +265,19 @@ def test_a_living_run_is_not_resumed(orchestrate: Command, runs: Path) -> None:
     run = make_run(runs)
     own = psutil.Process()  # a job that lives: this very process
     lines = JsonLines(run.submissions)
-    lines.append(
-        {"time": time.time(), "scheduler": "local", "job_id": str(own.pid), "process_created": own.create_time()}
-    )
+    lines.append(submission(job_id=str(own.pid), process_created=own.create_time()))
     lines.close()
     refused(orchestrate("resume"), 1, "run a-run is PENDING", "cancel it first")
     assert json.loads(orchestrate("status", "--json", "a-run").stdout)["state"] == "PENDING"
+
+
+def test_a_local_run_of_another_host_is_unknown_here_and_cannot_be_cancelled(orchestrate: Command, runs: Path) -> None:
+    run = make_run(runs)
+    lines = JsonLines(run.submissions)
+    lines.append(submission(job_id="1", process_created=1.0, host="elsewhere"))
+    lines.close()
+    assert json.loads(orchestrate("status", "--json", "a-run").stdout)["state"] == "UNKNOWN"
+    refused(orchestrate("cancel"), 3, "runs on elsewhere; cancel it there")
 
 
 def test_a_run_without_a_checkpoint_is_not_exported(orchestrate: Command, runs: Path, work: Path) -> None:

@@ -50,6 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "orchestrator.launch",
         "orchestrator.owner_lock",
         "orchestrator.pictures",
+        "orchestrator.processes",
         "orchestrator.progress",
         "orchestrator.screen",
         "orchestrator.shipment",
