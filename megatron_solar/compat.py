@@ -4,13 +4,14 @@ On CUDA the layers are Transformer Engine's where it is installed, otherwise meg
 CPU megatron's own with the RMSNorm below, since torch's wrapper refuses sequence parallelism.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import logging
 import queue
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 # megatron logs its own start-up at INFO and WARNING from every rank; errors are what a log needs.
-logging.getLogger("megatron").setLevel(logging.ERROR)
+for _name in ("megatron", "torch.distributed.checkpoint"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 NON_HOMOGENEOUS = {"non_homogeneous_layers": True}
@@ -169,7 +171,7 @@ def build_chunk(
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
         share_embeddings_and_output_weights=shape.tie_embeddings,
         position_embedding_type="rope",
-        rotary_base=int(shape.rope_theta),
+        rotary_base=shape.rope_theta,
         vp_stage=virtual_stage,
     )
 
@@ -446,17 +448,9 @@ def _write_in_process(
     results_queue.put(outcome)
 
 
-@functools.cache
-def _library_loggers() -> tuple[logging.Logger, ...]:
-    return tuple(logging.getLogger(name) for name in ("torch.distributed.checkpoint", "megatron"))
-
-
-class _quiet(warnings.catch_warnings):  # noqa: N801
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Keep the deprecation warnings of torch's and megatron's checkpoint code out of the ranks' logs."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for logger in _library_loggers():
-            logger.setLevel(logging.ERROR)
-        return entered
+        yield

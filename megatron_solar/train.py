@@ -247,19 +247,26 @@ def _forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:
 
 
 def _agree(losses: Sequence[Tensor], plan: TrainingPlan, attempt: AttemptDirectory) -> tuple[float, str]:
-    """Return the mean loss over the global batch and the stop request, the same on every rank."""
-    layout = plan.layout
-    mine = torch.zeros(2, dtype=torch.float64)
-    if compat.is_last_stage() and compat.tensor_rank() == 0:
-        mine[0] = torch.stack(list(losses)).double().mean() / layout.data_parallel
-    reason = ""
+    """Return the mean loss over the global batch and the reason of a stop request, the same on every rank."""
+    asked = 0
     if torch.distributed.get_rank() == 0 and attempt.stop_request.exists():
-        reason = str(read_json(attempt.stop_request)["reason"])
-        mine[1] = STOP_REASONS.index(reason) + 1
-    mine = mine.to(plan.settings.cluster.device)
-    torch.distributed.all_reduce(mine)
-    number = int(mine[1])
-    return float(mine[0]), STOP_REASONS[number - 1] if number else ""
+        asked = STOP_REASONS.index(str(read_json(attempt.stop_request)["reason"])) + 1
+    loss, number = _sum_over_ranks(_share_of_mean(losses, plan), asked, plan)
+    return loss, STOP_REASONS[int(number) - 1] if number else ""
+
+
+def _share_of_mean(losses: Sequence[Tensor], plan: TrainingPlan) -> float:
+    """Return what this rank adds to the mean loss of a global batch: nothing, unless it holds the output."""
+    if not (compat.is_last_stage() and compat.tensor_rank() == 0):
+        return 0.0
+    return float(torch.stack(list(losses)).double().mean()) / plan.layout.data_parallel
+
+
+def _sum_over_ranks(first: float, second: float, plan: TrainingPlan) -> tuple[float, float]:
+    """Add two numbers over all ranks in one small all-reduce."""
+    numbers = torch.tensor([first, second], dtype=torch.float64).to(plan.settings.cluster.device)
+    torch.distributed.all_reduce(numbers)
+    return float(numbers[0]), float(numbers[1])
 
 
 def _validation_passes(plan: TrainingPlan) -> int:
@@ -285,16 +292,12 @@ def _validate(plan: TrainingPlan, replica: Replica, samples: Samples, tell: Even
         )
     for chunk in replica.chunks:
         chunk.train()
-    mine = torch.zeros(1, dtype=torch.float64)
-    if compat.is_last_stage() and compat.tensor_rank() == 0:
-        mine[0] = torch.stack(list(losses)).double().mean() / layout.data_parallel
-    mine = mine.to(plan.settings.cluster.device)
-    torch.distributed.all_reduce(mine)
+    loss, _ = _sum_over_ranks(_share_of_mean(losses, plan), 0, plan)
     tell(
         ValidationEvent(
             time=time.time(),
             step=step,
-            loss=float(mine[0]),
+            loss=loss,
             samples=passes * layout.micro_batch_size * layout.data_parallel,
             consumed_tokens=step * plan.tokens_per_step,
             seconds=time.monotonic() - started,

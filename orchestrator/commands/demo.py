@@ -13,7 +13,7 @@ import click
 @click.option("--output", type=click.Path(path_type=Path), help="A new folder; ~/orchestrate/demo-TIME by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(text: Path | None, output: Path | None, as_json: bool) -> None:
-    """Run the whole path on this machine, in about 5 minutes on two cores.
+    """Run the whole path on this machine, in about 4 minutes on two cores.
 
     Text in; data sets, a small base, its up-scaled model trained by two ranks with an interruption, and
     an exported model out. Everything is real, only small; each step says which command does it alone.
