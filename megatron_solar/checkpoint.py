@@ -70,7 +70,7 @@ def load(checkpoint: Checkpoint, chunks: Sequence[Any], optimizer: Any) -> int:
     found = [problem for part in parts for problem in part]
     if found:
         raise CheckpointError(
-            f"checkpoint {checkpoint.name} is damaged and was not loaded; remove it to go on from the one before",
+            f"checkpoint {checkpoint.name} is damaged and was not loaded:",
             found,
         )
     model_state = compat.sharded_model_state(chunks)

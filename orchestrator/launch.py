@@ -50,12 +50,12 @@ def check_start(plan: TrainingPlan) -> list[DatasetManifest]:
     check_scheduler(plan)
     runs, name = Path(plan.settings.paths.runs), plan.settings.name
     if (runs / name).exists():
-        raise RunError(f"run {name!r} exists already in {runs}; choose another with name=..., or go on with "
-                       f"`orchestrate resume {name}`")  # fmt: skip
+        raise RunError(f"run {name!r} exists already in {runs}; choose another with name=..., or see "
+                       f"`orchestrate status {name}`")  # fmt: skip
     return check_inputs(plan)
 
 
-def check_inputs(plan: TrainingPlan) -> list[DatasetManifest]:
+def check_inputs(plan: TrainingPlan, *, needs_base: bool = True) -> list[DatasetManifest]:
     """Check base and data sets before anything is written.
 
     Returns:
@@ -79,7 +79,7 @@ def check_inputs(plan: TrainingPlan) -> list[DatasetManifest]:
             )
         if folder in settings.data.train:
             manifests.append(manifest)
-    if settings.base != RANDOM_BASE:
+    if needs_base and settings.base != RANDOM_BASE:
         from megatron_solar.model_folder import open_base  # imports torch
 
         try:
@@ -119,6 +119,7 @@ def resume(run: RunDirectory) -> RunStatus:
 
     Raises:
         RunError: it has not ended, or there is nothing left to do.
+        ConfigError: the data sets are not what they were, or not there.
         SchedulerError: the job could not be submitted.
     """
     status = read_status(run)
@@ -129,7 +130,9 @@ def resume(run: RunDirectory) -> RunStatus:
         raise RunError(
             f"run {run.name} is {status.state}; cancel it first, or follow it with `orchestrate logs {run.name}`"
         )
-    check_scheduler(read_plan(run.plan))
+    plan = read_plan(run.plan)
+    check_scheduler(plan)
+    check_inputs(plan, needs_base=status.last_checkpoint is None)
     run.cancel_mark.unlink(missing_ok=True)
     submit(run, by="person")
     return status

@@ -97,6 +97,8 @@ def reconcile(name: str, records: RunRecords, job: JobAnswer) -> Standing:
     if not records.attempts or records.is_resumed:
         return Standing(state=State.PENDING, reason="the job is starting", next_command=look_again)
     reason = "" if outcome is None else f"{outcome['cause']}: {outcome['why']}"
+    if records.cancel_asked is not None:
+        reason = "told to save and end"
     follow = f"orchestrate logs {name} --follow" if outcome is None else look_again
     return Standing(state=State.RUNNING, reason=reason, next_command=follow)
 

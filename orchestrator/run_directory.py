@@ -208,8 +208,7 @@ def create_run(runs: Path, name: str) -> RunDirectory:
         run.path.mkdir()
     except FileExistsError:
         raise RunError(
-            f"run {name!r} exists already in {runs}; choose another with name=..., or go on with "
-            f"`orchestrate resume {name}`"
+            f"run {name!r} exists already in {runs}; choose another with name=..., or see `orchestrate status {name}`"
         ) from None
     run.attempts_folder.mkdir()
     run.checkpoints_folder.mkdir()

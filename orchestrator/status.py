@@ -6,10 +6,11 @@ from typing import Any
 
 from orchestrator.checkpoints import complete_checkpoints
 from orchestrator.events import EndEvent, StartEvent, StepEvent, ValidationEvent, read_events
+from orchestrator.exit_codes import Cause
 from orchestrator.files import read_json, read_json_lines
 from orchestrator.plan import read_plan
-from orchestrator.reconcile import JobAnswer, RunRecords, State, reconcile
-from orchestrator.run_directory import RunDirectory
+from orchestrator.reconcile import ENDED, JobAnswer, RunRecords, State, reconcile
+from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.slurm.scheduler import ask
 
 
@@ -74,7 +75,8 @@ def read_status(run: RunDirectory) -> RunStatus:
     step = known[-1] if known else 0
     last = steps[-1] if steps else None
     recent = [event.step_seconds for event in steps[-20:]]
-    left = (plan.total_steps - step) * sum(recent) / len(recent) if recent and standing.state == State.RUNNING else None
+    goes_on = standing.state == State.RUNNING and records.cancel_asked is None
+    left = (plan.total_steps - step) * sum(recent) / len(recent) if recent and goes_on else None
     checkpoints = complete_checkpoints(run)
     return RunStatus(
         name=run.name,
@@ -98,7 +100,7 @@ def read_status(run: RunDirectory) -> RunStatus:
         seconds_left=left,
         layout=plan.layout.describe(),
         attempt_list=tuple(
-            _attempt_status(attempt.number, attempt.read_job(), record["outcome"])
+            _attempt_status(attempt, record["outcome"], is_over=standing.state in ENDED or attempt != attempts[-1])
             for attempt, record in zip(attempts, records.attempts, strict=True)
         ),
     )
@@ -113,10 +115,20 @@ def read_records(run: RunDirectory) -> RunRecords:
     )
 
 
-def _attempt_status(number: int, job: dict[str, Any] | None, outcome: dict[str, Any] | None) -> AttemptStatus:
-    ended = outcome or {}
+def _attempt_status(attempt: AttemptDirectory, outcome: dict[str, Any] | None, *, is_over: bool) -> AttemptStatus:
+    """Return an attempt in a line; one that is over without an outcome is told from its events."""
+    job, ended = attempt.read_job(), outcome or {}
+    if outcome is None and is_over:
+        events = [event for _, event in read_events(attempt.events)]
+        steps = [event.step for event in events if isinstance(event, StepEvent)]
+        ended = {
+            "ended": events[-1].time if events else job["started"] if job else None,
+            "first_step": steps[0] if steps else None,
+            "last_step": steps[-1] if steps else None,
+            "cause": Cause.SUPERVISOR_LOST,
+        }
     return AttemptStatus(
-        number=number,
+        number=attempt.number,
         job_id=str(job["job_id"]) if job else "",
         nodes=str(job["nodes"]) if job else "",
         started=float(job["started"]) if job else None,

@@ -277,6 +277,12 @@ def mark_written(run: RunDirectory, attempt: AttemptDirectory, offset: int, note
     return offset
 
 
+def in_one_line(text: str) -> str:
+    """Return an error with its list of problems as one sentence."""
+    first, *rest = (line.strip().removeprefix("- ") for line in text.splitlines() if line.strip())
+    return " ".join([first, "; ".join(rest)]).strip()
+
+
 def explain(attempt: AttemptDirectory, first: dict[int, int], codes: dict[int, int], asked: str) -> Watched:
     """Say what ended an attempt: the first failing rank, not the largest exit code.
 
@@ -298,10 +304,11 @@ def explain(attempt: AttemptDirectory, first: dict[int, int], codes: dict[int, i
                        host=socket.gethostname(), exit_codes=codes)  # fmt: skip
     if records:
         record = records[0]
+        message = in_one_line(record["message"])
         cause = CAUSE_OF_CODE.get(codes.get(record["rank"], 1), Cause.EXCEPTION)
         step = f" after step {record['step']}" if record["step"] is not None else " before the first step"
         return Watched(cause=cause, message=f"rank {record['rank']} on {record['host']}{step}: {record['error']}: "
-                       f"{record['message']}", rank=record["rank"], host=record["host"], exit_codes=codes)  # fmt: skip
+                       f"{message}", rank=record["rank"], host=record["host"], exit_codes=codes)  # fmt: skip
     if set(codes.values()) == {exit_codes.FINISHED}:
         return Watched(cause=Cause.FINISHED, message="all steps are done", rank=None, host=None, exit_codes=codes)
     if set(codes.values()) == {exit_codes.SAVED_AND_LEFT} and asked:

@@ -1,5 +1,6 @@
 """The command line as a stranger uses it: real processes, exit codes, and one clear error for bad input."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from megatron_solar.model_folder import expected_tensors
 from megatron_solar.model_writer import write_model_folder
 from orchestrator.checkpoints import checkpoint_name, mark_complete
 from orchestrator.config import compose, to_yaml
+from orchestrator.events import StepEvent, event_record
 from orchestrator.files import JsonLines, write_atomic, write_json
 from orchestrator.plan import make_plan, write_plan
 from orchestrator.run_directory import RunDirectory, create_run
@@ -188,7 +191,7 @@ def test_a_run_name_that_is_taken_is_refused_and_the_run_left_as_it_was(
     run = make_run(runs, "demo-base")
     before = sorted(path.relative_to(runs) for path in runs.rglob("*"))
     result = orchestrate("launch", "demo-base", f"data.train={corpus / 'train'}", "data.validation=[]")
-    refused(result, 1, "run 'demo-base' exists already", f"orchestrate resume {run.name}")
+    refused(result, 1, "run 'demo-base' exists already", f"orchestrate status {run.name}")
     assert sorted(path.relative_to(runs) for path in runs.rglob("*")) == before
 
 
@@ -395,3 +398,23 @@ def test_output_that_nobody_reads_on_is_no_error(home: Path, work: Path) -> None
         ["/bin/sh", "-c", command], cwd=work, env=environment, capture_output=True, text=True, check=True
     )
     assert result.stderr == ""
+
+
+def test_an_attempt_whose_supervisor_was_lost_is_told_from_its_events(orchestrate: Command, runs: Path) -> None:
+    run = make_run(runs)
+    attempt = run.new_attempt()
+    write_json(attempt.job, {"job_id": "1", "nodes": "here", "started": 100.0, "process": 1, "process_created": 1.0})
+    lines = JsonLines(attempt.events)
+    for step in (1, 2):
+        lines.append(event_record(make_step(step=step, time=100.0 + 10 * step)))
+    lines.close()
+    status = json.loads(orchestrate("status", "--json", "a-run").stdout)
+    (lost,) = status["attempt_list"]
+    assert status["state"] == "FAILED"
+    assert (lost["cause"], lost["first_step"], lost["last_step"], lost["ended"]) == ("supervisor_lost", 1, 2, 120.0)
+
+
+def make_step(*, step: int, time: float) -> StepEvent:
+    """Return a step's event; only its number and time are looked at."""
+    numbers: dict[str, Any] = {field.name: 1 for field in dataclasses.fields(StepEvent)}
+    return StepEvent(**{**numbers, "step": step, "time": time})

@@ -252,7 +252,7 @@ def test_the_command_deepens_by_a_quarter_and_names_the_next_command(
     code, out, err = run_command(capsys, monkeypatch, base, "--output", tmp_path / "out")
     assert code == 0, err
     assert "result    12 layers" in out
-    assert out.splitlines()[-1] == f"next: orchestrate plan RECIPE base={tmp_path / 'out'}"
+    assert out.splitlines()[-1] == f"next: orchestrate plan RECIPE model.num_layers=12 base={tmp_path / 'out'}"
     assert ModelFolder.open(tmp_path / "out").shape.num_layers == 12
 
 

@@ -53,6 +53,8 @@ def command(run: str, attempt: int | None, rank: int | None, supervisor: bool, f
         return
     _show_failures(chosen)
     offset = _show_events(chosen, 0)
+    if offset == 0:
+        click.echo(f"attempt {chosen.number} has not told of anything yet; its ranks are starting", err=True)
     if follow:
         _follow(found, chosen, offset)
 

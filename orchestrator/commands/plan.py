@@ -52,10 +52,15 @@ def show_plan(plan: "TrainingPlan") -> None:
     rate = f"{training.learning_rate:g}, {training.decay} to {training.minimum_learning_rate:g}"
     if training.decay == "constant":
         rate = f"{training.learning_rate:g}, constant"
+    interval = settings.checkpoint.interval_steps
+    kept = plan.checkpoint_bytes * (plan.total_steps // interval + 2)
+    checkpoints = (
+        f"{format_bytes(plan.checkpoint_bytes)} every {interval} steps; all are kept, {format_bytes(kept)} in all"
+    )
     facts = [
-        ("base", settings.base),
+        ("base", _with_note(settings.base)),
         ("model", f"{shape.num_layers} layers of {shape.hidden_size}, {plan.parameters:,} parameters"),
-        ("data", ", ".join(settings.data.train)),
+        ("data", ", ".join(map(_with_note, settings.data.train))),
         ("cluster", f"{cluster.name}: {place}"),
         ("layout", layout.describe()),
         ("batch", f"{batch} of {layout.micro_batch_size} a pipeline"),
@@ -63,7 +68,7 @@ def show_plan(plan: "TrainingPlan") -> None:
         ("rate", f"{rate}, warm-up over {training.warmup_share:.1%} of the steps"),
         ("FLOPs", f"{flops} a token, forward and backward, causal half of the attention"),
         ("memory", memory),
-        ("checkpoint", f"{format_bytes(plan.checkpoint_bytes)} every {settings.checkpoint.interval_steps} steps"),
+        ("checkpoint", checkpoints),
         ("job", f"{cluster.time_limit} each, told to save {cluster.warning_seconds} s before its end"),
     ]
     print_facts(settings.name, facts)
@@ -77,3 +82,12 @@ def show_plan(plan: "TrainingPlan") -> None:
             rows.append((f"{mfu:.0%}", f"{speed:,.0f}", format_duration(seconds), f"{hours:,.0f}", cost))
     if rows:
         print_table(("if MFU were", "tokens/s a GPU", "time", "GPU hours", "cost"), rows, right=(1, 2, 3, 4))
+
+
+def _with_note(folder: str) -> str:
+    """Return a folder of the plan, with a note where it is not there yet."""
+    from pathlib import Path
+
+    from orchestrator.settings import RANDOM_BASE
+
+    return folder if folder == RANDOM_BASE or Path(folder).is_dir() else f"{folder} (not there yet)"

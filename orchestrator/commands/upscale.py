@@ -81,8 +81,9 @@ def _run(
             lineage = upscale(base, output, drop=drop, strategy=strategy, progress=progress)
         files = sorted(str(file.relative_to(output)) for file in output.rglob("*") if file.is_file())
         summary |= {"output": str(output), "licence": lineage.licence, "files": files}
-        recipe = "solar-10.7b" if lineage.result.parameters == SOLAR_PARAMETERS else "RECIPE"
-        next_command = f"orchestrate plan {recipe} base={shlex.quote(str(output))}"
+        is_solar = lineage.result.parameters == SOLAR_PARAMETERS
+        request = "solar-10.7b" if is_solar else f"RECIPE model.num_layers={len(lineage.layer_sources)}"
+        next_command = f"orchestrate plan {request} base={shlex.quote(str(output))}"
     if as_json:
         click.echo(json.dumps(summary, indent=2))
         return
