@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_solar.weights import PRECISION_DTYPES
 from orchestrator.layout import ParallelLayout
 from orchestrator.model_shape import TransformerShape
 from orchestrator.settings import TrainingSettings
@@ -53,8 +54,6 @@ for _name in ("megatron", "torch.distributed.checkpoint"):
 OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 NON_HOMOGENEOUS = {"non_homogeneous_layers": True}
 """A key for each layer, so that a reader needs one layer in memory at a time."""
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class RMSNorm(torch.nn.Module):
@@ -110,7 +109,7 @@ def transformer_config(
     shape: TransformerShape, layout: ParallelLayout, training: TrainingSettings, device: str
 ) -> TransformerConfig:
     """Return megatron's configuration of a shape on a layout."""
-    dtype = _DTYPES[training.precision]
+    dtype = PRECISION_DTYPES[training.precision]
     on_cpu = device == "cpu"
     interleaved = layout.virtual_pipeline_parallel > 1
     return _without_warnings(
@@ -216,7 +215,7 @@ def build_optimizer(training: TrainingSettings, chunks: Sequence[DistributedData
                 adam_eps=training.adam_eps,
                 clip_grad=training.gradient_clip,
                 bf16=training.precision == "bf16",
-                params_dtype=_DTYPES[training.precision],
+                params_dtype=PRECISION_DTYPES[training.precision],
                 use_distributed_optimizer=True,
             ),
             list(chunks),

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from megatron_solar.model_folder import ModelFolder
 from megatron_solar.model_writer import Checksums, write_model_folder
 from megatron_solar.upscale import LINEAGE_FILE
-from megatron_solar.weights import to_hugging_face
+from megatron_solar.weights import PRECISION_DTYPES, to_hugging_face
 from orchestrator.checkpoints import Checkpoint, damage
 from orchestrator.errors import CheckpointError
 from orchestrator.plan import TrainingPlan
@@ -27,8 +27,6 @@ from orchestrator.settings import RANDOM_BASE
 from orchestrator.tokenize import hugging_face
 from orchestrator.tokenize.manifest import read_manifest
 from orchestrator.version import VERSION
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class CheckpointTensors:
@@ -109,7 +107,7 @@ def export(
         output,
         settings.model,
         tensors(),
-        dtype=DTYPES[settings.training.precision],
+        dtype=PRECISION_DTYPES[settings.training.precision],
         config_extra=config,
         tokenizer_files=tokenizer_files,
         extra_files=_made_tokenizer(tokenizer_files),

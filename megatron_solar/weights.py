@@ -18,6 +18,9 @@ from torch import Tensor
 from megatron_solar.model_folder import expected_tensors
 from orchestrator.model_shape import TransformerShape
 
+PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Type of the weights by `training.precision`."""
+
 # Canonical suffix of a layer -> Hugging Face's names in the order they are joined.
 _LAYER_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),

@@ -17,7 +17,7 @@ from orchestrator.errors import ConfigError, OrchestrateError, RunError
 from orchestrator.files import write_atomic, write_json
 from orchestrator.plan import TrainingPlan, read_plan, write_plan
 from orchestrator.reconcile import ENDED, State
-from orchestrator.run_directory import RunDirectory, create_run, discard_run
+from orchestrator.run_directory import RunDirectory, create_run, discard_run, name_taken
 from orchestrator.settings import RANDOM_BASE
 from orchestrator.slurm.scheduler import tell_to_end
 from orchestrator.slurm.submission import check_scheduler, submit
@@ -50,8 +50,7 @@ def check_start(plan: TrainingPlan) -> list[DatasetManifest]:
     check_scheduler(plan)
     runs, name = Path(plan.settings.paths.runs), plan.settings.name
     if (runs / name).exists():
-        raise RunError(f"run {name!r} exists already in {runs}; choose another with name=..., or see "
-                       f"`orchestrate status {name}`")  # fmt: skip
+        raise name_taken(runs, name)
     return check_inputs(plan)
 
 

@@ -196,6 +196,13 @@ class RunDirectory:
         write_json(self.cancel_mark, {"time": time.time()})
 
 
+def name_taken(runs: Path, name: str) -> RunError:
+    """Return the error of a run's name that is there already."""
+    return RunError(
+        f"run {name!r} exists already in {runs}; choose another with name=..., or see `orchestrate status {name}`"
+    )
+
+
 def create_run(runs: Path, name: str) -> RunDirectory:
     """Make a new run's folder.
 
@@ -207,9 +214,7 @@ def create_run(runs: Path, name: str) -> RunDirectory:
     try:
         run.path.mkdir()
     except FileExistsError:
-        raise RunError(
-            f"run {name!r} exists already in {runs}; choose another with name=..., or see `orchestrate status {name}`"
-        ) from None
+        raise name_taken(runs, name) from None
     run.attempts_folder.mkdir()
     run.checkpoints_folder.mkdir()
     run.jobs.mkdir()

@@ -1,11 +1,12 @@
 """Read where a run stands from its folder and the scheduler; MLflow is not asked."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoints import complete_checkpoints
-from orchestrator.events import EndEvent, StartEvent, StepEvent, ValidationEvent, read_events
+from orchestrator.events import EndEvent, Event, StartEvent, StepEvent, ValidationEvent, read_events
 from orchestrator.exit_codes import Cause
 from orchestrator.files import read_json, read_json_lines
 from orchestrator.plan import read_plan
@@ -68,7 +69,8 @@ def read_status(run: RunDirectory) -> RunStatus:
         records = read_records(run)  # once more: an attempt that ended while we asked has an outcome now
     standing = reconcile(run.name, records, job)
     attempts = [run.attempt(record["number"]) for record in records.attempts]
-    events = [event for attempt in attempts for _, event in read_events(attempt.events)]
+    told = [[event for _, event in read_events(attempt.events)] for attempt in attempts]
+    events = [event for of_attempt in told for event in of_attempt]
     steps = [event for event in events if isinstance(event, StepEvent)]
     held_out = [event.loss for event in events if isinstance(event, ValidationEvent)]
     known = [e.step for e in events if isinstance(e, StartEvent | StepEvent | EndEvent)]
@@ -100,8 +102,8 @@ def read_status(run: RunDirectory) -> RunStatus:
         seconds_left=left,
         layout=plan.layout.describe(),
         attempt_list=tuple(
-            _attempt_status(attempt, record["outcome"], is_over=standing.state in ENDED or attempt != attempts[-1])
-            for attempt, record in zip(attempts, records.attempts, strict=True)
+            _attempt_status(attempt, record["outcome"], of_attempt, standing.state in ENDED or attempt != attempts[-1])
+            for attempt, record, of_attempt in zip(attempts, records.attempts, told, strict=True)
         ),
     )
 
@@ -115,11 +117,12 @@ def read_records(run: RunDirectory) -> RunRecords:
     )
 
 
-def _attempt_status(attempt: AttemptDirectory, outcome: dict[str, Any] | None, *, is_over: bool) -> AttemptStatus:
+def _attempt_status(
+    attempt: AttemptDirectory, outcome: dict[str, Any] | None, events: Sequence[Event], is_over: bool
+) -> AttemptStatus:
     """Return an attempt in a line; one that is over without an outcome is told from its events."""
     job, ended = attempt.read_job(), outcome or {}
     if outcome is None and is_over:
-        events = [event for _, event in read_events(attempt.events)]
         steps = [event.step for event in events if isinstance(event, StepEvent)]
         ended = {
             "ended": events[-1].time if events else job["started"] if job else None,
