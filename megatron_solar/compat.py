@@ -4,20 +4,21 @@ On CUDA the layers are Transformer Engine's where it is installed, otherwise meg
 CPU megatron's own with the RMSNorm below, since torch's wrapper refuses sequence parallelism.
 """
 
-import contextlib
 import dataclasses
-import functools
 import importlib.util
 import logging
-import queue
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed
+from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_solar.sample_order import BlendSource, OrderedSamples, build_index, request_digest
 from megatron_solar.weights import PRECISION_DTYPES
 from orchestrator.layout import ParallelLayout
 from orchestrator.model_shape import TransformerShape
@@ -25,11 +26,11 @@ from orchestrator.settings import TrainingSettings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # missing optional kernels and deprecations of torch, 20 lines a rank
-    from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core import parallel_state
+    from megatron.core.datasets import helpers
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.megatron_tokenizer import MegatronLegacyTokenizer
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.datasets.utils import Split
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -50,10 +51,6 @@ with warnings.catch_warnings():
 # megatron logs its own start-up at INFO and WARNING from every rank; errors are what a log needs.
 for _name in ("megatron", "torch.distributed.checkpoint"):
     logging.getLogger(_name).setLevel(logging.ERROR)
-
-OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-NON_HOMOGENEOUS = {"non_homogeneous_layers": True}
-"""A key for each layer, so that a reader needs one layer in memory at a time."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -135,6 +132,7 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_parallel if interleaved else None,
         sequence_parallel=layout.sequence_parallel and layout.tensor_parallel > 1,
         use_cpu_initialization=on_cpu,
+        deterministic_mode=training.deterministic,
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=interleaved,
         # Kernels that exist for CUDA only.
@@ -223,6 +221,8 @@ def build_optimizer(training: TrainingSettings, chunks: Sequence[DistributedData
     for part in _parts(optimizer):
         if isinstance(part.optimizer, _TORCH_ADAMS):
             _prefill(part.optimizer)
+        else:  # Transformer Engine's or Apex's, by megatron's own rule; never run yet
+            part.init_state_fn(part.optimizer, part.config)
     return optimizer
 
 
@@ -292,15 +292,6 @@ class _Ids(MegatronLegacyTokenizer):
         return -1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BlendSource:
-    """Shards of one split with their weights; no weights means in proportion to their size."""
-
-    prefixes: tuple[str, ...]
-    weights: tuple[float, ...] | None
-    samples: int | None
-
-
 def build_datasets(
     train: BlendSource,
     validation: BlendSource | None,
@@ -311,100 +302,133 @@ def build_datasets(
     vocab_size: int,
     end_of_document: int,
     cache: Path,
-) -> tuple[Any, Any]:
-    """Build megatron's GPTDataset over the shards of each split; rank 0 writes the index cache.
+) -> tuple[OrderedSamples, OrderedSamples | None]:
+    """Open the samples of each split in the order of `sample_order`; rank 0 builds the index, the others wait.
+
+    An epoch of a shard is a GPTDataset of exactly one epoch. Collective where torch.distributed is initialized.
 
     Returns:
-        (training, validation or None); an item has int64 `tokens` and `labels` of sequence_length.
+        (training, validation or None); an item has int64 `tokens`, `labels` and `position_ids` of sequence_length.
     """
+    tokenizer = _Ids(tokenizer_fingerprint, vocab_size, end_of_document)
 
-    def blend(source: BlendSource | None) -> Any:
-        return None if source is None else (list(source.prefixes), list(source.weights) if source.weights else None)
+    def open_epoch(folder: Path, prefix: str, epoch: int, *, is_built: bool) -> GPTDataset:
+        config = _without_warnings(
+            GPTDatasetConfig,
+            random_seed=seed + epoch,
+            sequence_length=sequence_length,
+            blend_per_split=[([prefix], None), None, None],
+            path_to_cache=str(folder),
+            fast_cache_load=is_built,  # never builds, and does without the documents' numbers
+            tokenizer=tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        documents = GPTDataset.build_low_level_dataset(prefix, config)
+        numbers = None if is_built else np.arange(len(documents), dtype=np.int32)
+        return _without_warnings(
+            GPTDataset,
+            indexed_dataset=documents,
+            dataset_path=prefix,
+            indexed_indices=numbers,
+            num_samples=None,
+            index_split=Split.train,
+            config=config,
+        )
 
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=sequence_length,
-        blend_per_split=[blend(train), blend(validation), None],
-        path_to_cache=str(cache),
-        tokenizer=_Ids(tokenizer_fingerprint, vocab_size, end_of_document),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    sizes = [train.samples, validation.samples if validation else None, None]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
-    return built[0], built[1]
+    def blend(shards: NDArray[np.int16], samples: NDArray[np.int64], weights: NDArray[np.float64]) -> None:
+        helpers.build_blending_indices(shards, samples, weights, len(weights), len(shards), False)
 
-
-def save_state(state: dict[str, Any], folder: Path) -> None:
-    """Write a sharded state in torch_dist format, each rank its part, flushed to disk; collective."""
-    # The synchronous save writes in this process: no helper processes that import torch again or
-    # outlive a killed rank, and no Manager.
-    writer = filesystem_async.FileSystemWriterAsync
-    filesystem_async._results_queue = queue.Queue()
-    writer.write_preloaded_data_multiproc = staticmethod(_write_in_process)
-    with _quiet():
-        dist_checkpointing.save(state, str(folder), content_metadata={**OPTIMIZER_SHARDING, **NON_HOMOGENEOUS})
-
-
-def load_state(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Read what `wanted` describes from a torch_dist folder; collective.
-
-    Raises:
-        megatron's CheckpointingException: a tensor is missing or of another shape.
-    """
-    with _quiet():
-        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder), strict="raise_unexpected")
-    return loaded
-
-
-def load_weights(chunk: GPTModel, folder: Path) -> None:
-    """Fill one unwrapped chunk with the weights of a torch_dist folder, without any optimizer; collective."""
-    wanted = {"model": chunk.sharded_state_dict(metadata=dict(NON_HOMOGENEOUS))}
-    with _quiet():
-        chunk.load_state_dict(dist_checkpointing.load(wanted, str(folder))["model"])
-
-
-def sharded_model_state(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
-    """Describe a rank's weights as shards of the whole model, a key for each chunk."""
-    return {
-        f"model{index}" if len(chunks) > 1 else "model": chunk.module.sharded_state_dict(metadata=dict(NON_HOMOGENEOUS))
-        for index, chunk in enumerate(chunks)
+    sources = {"train": train} | ({"validation": validation} if validation is not None else {})
+    requests = {
+        name: request_digest(
+            source, sequence_length=sequence_length, seed=seed, tokenizer_fingerprint=tokenizer_fingerprint
+        )
+        for name, source in sources.items()
     }
+    is_distributed = torch.distributed.is_initialized()
+    if not is_distributed or torch.distributed.get_rank() == 0:
+        for name, source in sources.items():
+            build_index(source, cache / name, requests[name], open_epoch, blend)
+    if is_distributed:
+        torch.distributed.barrier()
+    opened = {
+        name: OrderedSamples(source, cache / name, requests[name], open_epoch) for name, source in sources.items()
+    }
+    return opened["train"], opened.get("validation")
 
 
-def sharded_optimizer_state(optimizer: Any, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    """Describe a rank's optimizer state in terms of the model's tensors, so that any layout can read it."""
-    state: dict[str, Any] = optimizer.sharded_state_dict(
-        model_state, is_loading=is_loading, metadata={**OPTIMIZER_SHARDING, **NON_HOMOGENEOUS}
-    )
-    return state
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnedRange:
+    """The elements of one parameter that this rank updates: with the distributed optimizer a flat range."""
+
+    name: str
+    """Parameter's name in its chunk."""
+    chunk: int
+    start: int
+    stop: int
+    states: dict[str, Tensor]
+    """`weight` (fp32 master), `exp_avg` and `exp_avg_sq`, each flat, stop - start long; writing to them counts."""
 
 
-def restore_optimizer(optimizer: Any, state: dict[str, Any], step: int) -> None:
-    """Put a loaded state into the optimizer.
+def owned_ranges(chunks: Sequence[DistributedDataParallel], optimizer: Any) -> list[OwnedRange]:
+    """Return what this rank owns of weights and optimizer; over all data-parallel ranks each element once.
 
-    megatron 0.16.1 does not file torch Adam's `step` in this format, asks for it (KeyError 'step') and
-    then shares one tensor between all parameters; so it is handed in, and set for each afterwards.
+    The master copy stands for the weight: in bf16 the model's weight is its rounding after every step.
     """
+    names = {
+        parameter: (name, index)
+        for index, chunk in enumerate(chunks)
+        for name, parameter in chunk.module.named_parameters()
+    }
+    found = []
     for part in _parts(optimizer):
-        if isinstance(part.optimizer, _TORCH_ADAMS):
-            set_state = part._set_main_param_and_optimizer_states
-            part._set_main_param_and_optimizer_states = functools.partial(_set_with_step, set_state, step)
+        for parameter in part.model_param_group_index_map:
+            place = part._get_model_param_range_map(parameter)["param"]
+            states = part._get_main_param_and_optimizer_states(parameter)
+            name, index = names[parameter]
+            found.append(
+                OwnedRange(
+                    name=name,
+                    chunk=index,
+                    start=place.start,
+                    stop=place.end,
+                    states={
+                        "weight": states["param"].detach(),
+                        "exp_avg": states["exp_avg"],
+                        "exp_avg_sq": states["exp_avg_sq"],
+                    },
+                )
+            )
+    return found
+
+
+def publish_weights(chunks: Sequence[DistributedDataParallel], optimizer: Any, step: int) -> None:
+    """Make the model's weights those of the loaded master copies, on every data-parallel rank; collective.
+
+    torch's Adam counts its steps for each parameter, Transformer Engine's for each group.
+    """
     with torch.no_grad():
-        optimizer.load_state_dict(state)
-    for part in _parts(optimizer):
-        if isinstance(part.optimizer, _TORCH_ADAMS):
-            del part._set_main_param_and_optimizer_states  # the class's own again
-            for values in part.optimizer.state.values():
-                values["step"] = torch.tensor(float(step))
+        for part in _parts(optimizer):
+            part._copy_main_params_to_model_params()
+            if isinstance(part.optimizer, _TORCH_ADAMS):
+                for values in part.optimizer.state.values():
+                    values["step"] = torch.tensor(float(step))
+            else:
+                for group in part.optimizer.param_groups:
+                    group["step"] = step
+        for chunk in chunks:
+            chunk.start_param_sync(force_sync=True)
 
 
-def _set_with_step(set_state: Callable[..., None], step: int, parameter: Tensor, tensors: dict[str, Tensor]) -> None:
-    set_state(parameter, {**tensors, "step": torch.tensor(float(step))})
+def broadcast_from_first_replica(parameter: Tensor) -> None:
+    """Give a parameter of the first data-parallel replica to the others; collective over each such group."""
+    if parallel_state.get_data_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            parameter, parallel_state.get_data_parallel_src_rank(), group=parallel_state.get_data_parallel_group()
+        )
 
 
 _TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
@@ -425,31 +449,3 @@ def _prefill(adam: torch.optim.Optimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
-
-
-def _write_in_process(
-    transforms: Any, use_msc: bool, rank: int, write_buckets: Sequence[Any], results_queue: "queue.Queue[Any]"
-) -> None:
-    results: queue.Queue[Any] = queue.Queue()
-    counts: queue.Queue[Any] = queue.Queue()
-    written: dict[int, Any] = {}
-    outcome: Any = written
-    for index, bucket in enumerate(write_buckets):
-        counts.put(index)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, index, bucket, results, counts, use_fsync=True
-        )
-        number, result = results.get()
-        if isinstance(result, Exception):
-            outcome = result
-            break
-        written[number] = result
-    results_queue.put(outcome)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the deprecation warnings of torch's and megatron's checkpoint code out of the ranks' logs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -97,13 +97,6 @@ PATCHES = (
         reason="random states wait for CUDA in a queue that would grow with every layer of every step",
     ),
     Patch(
-        name="tensor_cuda",
-        owner=torch.Tensor,
-        attribute="cuda",
-        replacement=lambda _: lambda tensor, *args, **options: tensor,
-        reason="gathered optimizer state and losses are moved to the device",
-    ),
-    Patch(
         name="tensor_type",
         owner=torch.Tensor,
         attribute="type",

@@ -1,63 +1,27 @@
 """A checkpoint of any layout as a Hugging Face folder, one tensor at a time, without megatron or ranks.
 
-torch_dist stores each tensor once for the whole model, whatever the layout it was trained at; a single
+A checkpoint holds each tensor once for the whole model, whatever the layout it was trained at; a single
 process reads them by their canonical keys.
 """
 
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
+from megatron_solar.checkpoint_files import WEIGHT, open_verified, tensor_name
 from megatron_solar.model_folder import ModelFolder
 from megatron_solar.model_writer import Checksums, write_model_folder
 from megatron_solar.upscale import LINEAGE_FILE
 from megatron_solar.weights import PRECISION_DTYPES, to_hugging_face
-from orchestrator.checkpoints import Checkpoint, damage
-from orchestrator.errors import CheckpointError
+from orchestrator.checkpoints import Checkpoint
 from orchestrator.plan import TrainingPlan
 from orchestrator.settings import RANDOM_BASE
 from orchestrator.tokenize import hugging_face
 from orchestrator.tokenize.manifest import read_manifest
+from orchestrator.values import to_plain
 from orchestrator.version import VERSION
-
-
-class CheckpointTensors:
-    """The whole tensors of a checkpoint by their canonical keys.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        found = damage(checkpoint)
-        if found:
-            raise CheckpointError(f"checkpoint {checkpoint.name} is damaged and was not read:", found)
-        self._checkpoint = checkpoint
-        self._reader = FileSystemReader(checkpoint.path)
-        self._sizes = self._reader.read_metadata().state_dict_metadata
-
-    def keys(self) -> list[str]:
-        """Return the keys of all tensors, weights and optimizer."""
-        return sorted(key for key, facts in self._sizes.items() if isinstance(facts, TensorStorageMetadata))
-
-    def __call__(self, key: str) -> Tensor:
-        """Read one whole tensor."""
-        facts = self._sizes.get(key)
-        if not isinstance(facts, TensorStorageMetadata):
-            raise CheckpointError(f"checkpoint {self._checkpoint.name} has no tensor {key}; it is of another model")
-        wanted = {key: torch.empty(facts.size, dtype=facts.properties.dtype)}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it notes that one process reads, which is the intent
-            load(wanted, storage_reader=self._reader, planner=DefaultLoadPlanner(), no_dist=True)
-        return wanted[key]
 
 
 def export(
@@ -78,8 +42,11 @@ def export(
         ModelFolderError: a tensor is not finite, or the disk is too small.
     """
     settings = plan.settings
-    read = CheckpointTensors(checkpoint)
+    stored = open_verified(checkpoint)
     done = 0
+
+    def read(key: str) -> Tensor:
+        return stored.whole(tensor_name(WEIGHT, key))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         nonlocal done
@@ -92,11 +59,11 @@ def export(
     lineage = {
         "run": run_name,
         "step": checkpoint.step,
-        "consumed_samples": checkpoint.consumed_samples,
+        "consumed_samples": checkpoint.facts.consumed_samples,
         "consumed_tokens": checkpoint.step * plan.tokens_per_step,
         "checkpoint": checkpoint.name,
-        "checkpoint_files": checkpoint.files,
-        "data_fingerprint": checkpoint.data_fingerprint,
+        "checkpoint_files": to_plain(checkpoint.files),
+        "data_fingerprint": checkpoint.facts.data_fingerprint,
         "plan_fingerprint": plan.fingerprint,
         "parameters": plan.parameters,
         "orchestrate_version": VERSION,

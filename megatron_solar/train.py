@@ -1,14 +1,16 @@
 """The training loop: from a plan to trained weights, readable top to bottom.
 
 A step: read micro-batches by sample number, run megatron's schedule, let all ranks agree on loss and
-stop request in one small all-reduce, step the optimizer, tell. Saving happens at a step boundary on
-which all ranks agree, never in a signal handler. A loss that is not finite ends the run before the
-optimizer has seen it.
+stop request in one small all-reduce, step the optimizer, tell. A save begins at a step boundary on
+which all ranks agree, never in a signal handler, and is written while training goes on. A loss that is
+not finite ends the run before the optimizer has seen it.
 """
 
 import dataclasses
 import functools
 import math
+import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,24 +20,29 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from megatron_solar import checkpoint, compat
+from megatron_solar import compat
+from megatron_solar.checkpoint import CheckpointWriter, OwnedPiece, disk_full, load_newest, owned_pieces
 from megatron_solar.data import Samples, open_samples
 from megatron_solar.model_folder import open_base
 from megatron_solar.weights import RandomWeights, WeightSource, canonical_key, rank_part, read_canonical
-from orchestrator.checkpoints import checkpoint_name, choose_checkpoint, complete_checkpoints
+from orchestrator.checkpoints import Checkpoint, checkpoint_name, complete_checkpoints, completed_once, foreign
 from orchestrator.errors import CheckpointError, ModelFolderError
 from orchestrator.events import (
     FLOPS_CONVENTION,
-    CheckpointWrittenEvent,
+    DamageEvent,
     EndEvent,
     Event,
+    RepeatEvent,
+    SaveEvent,
     StartEvent,
     StepEvent,
     ValidationEvent,
     event_record,
 )
 from orchestrator.files import JsonLines, read_json
+from orchestrator.model_shape import TransformerShape
 from orchestrator.plan import TrainingPlan
+from orchestrator.repeats import recorded_losses
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.schedule import learning_rate
 from orchestrator.settings import RANDOM_BASE
@@ -56,6 +63,8 @@ class Replica:
 
     chunks: Sequence[Any]
     optimizer: Any
+    pieces: Sequence[OwnedPiece]
+    """What this rank saves and loads of both."""
     peak_tflops: float
     peak_source: str
 
@@ -72,7 +81,6 @@ def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, w
     device = settings.cluster.device
     compat.initialize_parallel(layout, settings.training.seed)
     tell = EventWriter(attempt)
-    replica, loaded_from, step = build_or_load(run, plan)
     samples = open_samples(
         settings.data,
         settings.model,
@@ -81,13 +89,7 @@ def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, w
         validation_samples=_validation_passes(plan) * layout.micro_batch_size * layout.data_parallel,
         cache=run.data_index,
     )
-    if step > 0:
-        found = choose_checkpoint(run, step).data_fingerprint
-        if found != samples.fingerprint:
-            raise CheckpointError(
-                f"checkpoint of step {step} was trained on data {found[:12]}, the data sets are now "
-                f"{samples.fingerprint[:12]}; put the data sets back as they were"
-            )
+    replica, loaded_from, step = build_or_load(run, plan, samples, tell)
     tell(
         StartEvent(
             time=time.time(),
@@ -104,15 +106,17 @@ def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, w
             start_seconds=time.time() - worker_started,
         )
     )
-    save = functools.partial(_save, run, attempt, plan, replica, samples, tell)
+    writer = CheckpointWriter(torch.distributed.get_rank())
+    save = functools.partial(_save, run, attempt, plan, replica, samples, writer, tell)
     validate = functools.partial(_validate, plan, replica, samples, tell)
-    if step == 0:
-        if not complete_checkpoints(run):
-            save(step)
+    repeats = RepeatedSteps(run, attempt, plan, step, tell)
+    if loaded_from == settings.base:
+        save(step)  # before anything else, so that no later attempt reads the base again
         validate(step)
 
     stop_reason = ""
     while step < plan.total_steps and not stop_reason:
+        writer.check()
         step_started = time.monotonic()
         batches = samples.micro_batches(
             samples.train, step * layout.global_batch_size, layout, layout.num_microbatches, device
@@ -131,11 +135,14 @@ def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, w
         _, gradient_norm, _ = replica.optimizer.step()
         step += 1
         tell(_step_event(plan, replica, step, loss, float(gradient_norm), rate, step_started, data_seconds))
+        repeats.compare(step, loss)
 
         if step == plan.total_steps or step % settings.training.validation_interval_steps == 0:
             validate(step)
         if step == plan.total_steps or stop_reason or step % settings.checkpoint.interval_steps == 0:
             save(step)
+    writer.wait()
+    repeats.finish()
     reason = "finished" if step == plan.total_steps else stop_reason
     tell(EndEvent(time=time.time(), step=step, reason=reason))
     return reason
@@ -153,20 +160,86 @@ class EventWriter:
             self._lines.append(event_record(event))
 
 
-def build_or_load(run: RunDirectory, plan: TrainingPlan) -> tuple[Replica, str, int]:
-    """Build this rank's part of the model and fill it from the newest checkpoint or from the base.
+class RepeatedSteps:
+    """Compares the steps that an earlier attempt had done already with what it recorded; on rank 0 only."""
+
+    def __init__(
+        self, run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, step: int, tell: EventWriter
+    ) -> None:
+        self._tell = tell
+        self._recorded: dict[int, tuple[float, float]] = {}
+        if torch.distributed.get_rank() == 0:
+            earlier = [other for other in run.attempts() if other.number < attempt.number]
+            self._recorded = recorded_losses(earlier, plan, step)
+        self._first = step + 1
+        self._worst: RepeatEvent | None = None
+
+    def compare(self, step: int, loss: float) -> None:
+        """Compare one step; a difference beyond the noise is told at once."""
+        if step not in self._recorded:
+            self.finish()
+            return
+        recorded, noise = self._recorded.pop(step)
+        difference = abs(loss - recorded) / abs(recorded) if loss != recorded else 0.0
+        is_beyond = difference > noise
+        if self._worst is None or difference >= self._worst.relative_difference:
+            self._worst = RepeatEvent(
+                time=time.time(),
+                step=step,
+                first_step=self._first,
+                last_step=step,
+                recorded_loss=recorded,
+                loss=loss,
+                relative_difference=difference,
+                noise=noise,
+                is_beyond_noise=is_beyond,
+            )
+        self._worst = dataclasses.replace(self._worst, last_step=step)
+        if is_beyond or not self._recorded:
+            self.finish()
+
+    def finish(self) -> None:
+        """Tell of the steps compared so far, if there are any, and begin anew."""
+        if self._worst is not None:
+            self._tell(self._worst)
+            self._first = self._worst.last_step + 1
+            self._worst = None
+
+
+def build_or_load(
+    run: RunDirectory, plan: TrainingPlan, samples: Samples, tell: EventWriter
+) -> tuple[Replica, str, int]:
+    """Build this rank's part of the model and fill it from the newest whole checkpoint, or from the base.
 
     Returns:
         the replica, where its weights came from, the steps done.
+
+    Raises:
+        CheckpointError: there are checkpoints, or were, and none is whole; or the newest is of another model
+            or other data.
     """
     existing = complete_checkpoints(run)
-    source = None if existing else weight_source(plan)
-    replica = build_replica(plan, source)
     if not existing:
-        return replica, plan.settings.base, 0
+        lost = completed_once(run)
+        if lost:
+            raise CheckpointError(
+                f"run {run.name} had {len(lost)} checkpoints, the last of them {lost[-1]}, and none is whole and there "
+                f"now in {run.checkpoints_folder}; put one back, or launch another run from the base"
+            )
+        # One replica reads the base, the others get their weights from it.
+        return build_replica(plan, weight_source(plan) if compat.data_rank() == 0 else None), plan.settings.base, 0
     newest = existing[-1]
-    step = checkpoint.load(newest, replica.chunks, replica.optimizer)
-    return replica, newest.name, step
+    found = foreign(newest.facts, plan.settings.model, samples.tokenizer_sha256, samples.fingerprint)
+    if found:
+        raise CheckpointError(f"checkpoint {newest.name} is not of this run's model and data:", found)
+    replica = build_replica(plan, None, is_filled_later=True)
+
+    def on_damage(checkpoint: Checkpoint, problems: list[str]) -> None:
+        tell(DamageEvent(time=time.time(), step=checkpoint.step, name=checkpoint.name, problems=tuple(problems)))
+
+    loaded = load_newest(existing, replica.pieces, on_damage)
+    compat.publish_weights(replica.chunks, replica.optimizer, loaded.step)
+    return replica, loaded.name, loaded.step
 
 
 def weight_source(plan: TrainingPlan) -> WeightSource:
@@ -181,19 +254,25 @@ def weight_source(plan: TrainingPlan) -> WeightSource:
     return open_base(Path(settings.base), settings.model)
 
 
-def build_replica(plan: TrainingPlan, source: WeightSource | None) -> Replica:
-    """Build this rank's chunks and optimizer; without a source the weights wait for a checkpoint."""
+def build_replica(plan: TrainingPlan, source: WeightSource | None, *, is_filled_later: bool = False) -> Replica:
+    """Build this rank's chunks and optimizer; collective.
+
+    Args:
+        source: of the first data-parallel replica; the others have none.
+        is_filled_later: whether the weights wait for a checkpoint.
+    """
     settings, layout = plan.settings, plan.layout
     device = settings.cluster.device
     config = compat.transformer_config(settings.model, layout, settings.training, device)
     stages = range(layout.virtual_pipeline_parallel) if layout.virtual_pipeline_parallel > 1 else [None]
+    offsets = [compat.layer_offset(config, stage) for stage in stages]
     chunks = []
     for index, stage in enumerate(stages):
         chunk = compat.build_chunk(settings.model, config, settings.data.sequence_length, device, stage)
         if device == "cuda":
             chunk.cuda(torch.cuda.current_device())
-        if source is not None:
-            fill(chunk, source, compat.layer_offset(config, stage), layout.tensor_parallel)
+        if not is_filled_later:
+            fill(chunk, source, settings.model, offsets[index], layout.tensor_parallel)
         if settings.training.precision == "bf16":
             chunk.bfloat16()
         chunks.append(compat.wrap_data_parallel(config, chunk, index == 0))
@@ -203,24 +282,37 @@ def build_replica(plan: TrainingPlan, source: WeightSource | None) -> Replica:
     return Replica(
         chunks=chunks,
         optimizer=optimizer,
+        pieces=owned_pieces(settings.model, chunks, optimizer, offsets, layout.tensor_parallel),
         peak_tflops=peak if peak is not None else measured_peak_tflops(device),
         peak_source=f"{settings.cluster.gpu} dense bf16" if peak is not None else "a measured fp32 matrix product",
     )
 
 
-def fill(chunk: torch.nn.Module, source: WeightSource, layer_offset: int, tensor_parallel: int) -> None:
-    """Set every parameter of a chunk from a source, this tensor-parallel rank's part of each.
+def fill(
+    chunk: torch.nn.Module,
+    source: WeightSource | None,
+    shape: TransformerShape,
+    layer_offset: int,
+    tensor_parallel: int,
+) -> None:
+    """Set every parameter of a chunk, this tensor-parallel rank's part of each; collective.
+
+    The first data-parallel replica reads the source, tensor after tensor, and gives it to the others.
 
     Raises:
         ModelFolderError: a tensor of another shape than the parameter.
     """
     for name, parameter in chunk.named_parameters():
-        key = canonical_key(name, layer_offset)
-        part = rank_part(key, read_canonical(key, source), compat.tensor_rank(), tensor_parallel)
-        if part.shape != parameter.shape:
-            raise ModelFolderError(f"{key} should be {tuple(parameter.shape)} on this rank, found {tuple(part.shape)}")
+        key = canonical_key(name, layer_offset, is_tied=shape.tie_embeddings)
         with torch.no_grad():
-            parameter.copy_(part)
+            if source is not None:
+                part = rank_part(key, read_canonical(key, source), compat.tensor_rank(), tensor_parallel)
+                if part.shape != parameter.shape:
+                    raise ModelFolderError(
+                        f"{key} should be {tuple(parameter.shape)} on this rank, found {tuple(part.shape)}"
+                    )
+                parameter.copy_(part)
+            compat.broadcast_from_first_replica(parameter.data)
 
 
 def measured_peak_tflops(device: str) -> float:
@@ -317,23 +409,43 @@ def _save(
     plan: TrainingPlan,
     replica: Replica,
     samples: Samples,
+    writer: CheckpointWriter,
     tell: EventWriter,
     step: int,
 ) -> None:
-    """Write a checkpoint of a step; the supervisor marks it as complete when it reads the event."""
+    """Have a checkpoint of a step written; the supervisor marks it as complete when all ranks have."""
+    started = time.monotonic()
+    writer.wait()  # its files are on disk, so that what is free now is what the next one has
     name = checkpoint_name(step, attempt.number)
-    written = checkpoint.save(run.checkpoint_path(name), replica.chunks, replica.optimizer, step)
+    if torch.distributed.get_rank() == 0:
+        check_room(run.checkpoint_path(name), plan)
+    writer.save(run.checkpoint_path(name), replica.pieces)
+    if not plan.settings.checkpoint.asynchronous:
+        writer.wait()
     tell(
-        CheckpointWrittenEvent(
+        SaveEvent(
             time=time.time(),
             step=step,
             name=name,
             consumed_samples=step * plan.layout.global_batch_size,
             data_fingerprint=samples.fingerprint,
-            files=written.files,
-            seconds=written.seconds,
+            tokenizer_sha256=samples.tokenizer_sha256,
+            stall_seconds=time.monotonic() - started,
         )
     )
+
+
+def check_room(folder: Path, plan: TrainingPlan) -> None:
+    """Refuse a save for which the disk has no room, before a byte is written; a quota shows only when writing.
+
+    Raises:
+        DiskFullError: too few bytes or inodes are free.
+    """
+    free = os.statvfs(folder.parent)
+    files = 2 * plan.layout.world_size + 4
+    has_inodes = free.f_files == 0 or free.f_favail >= files  # some file systems have no fixed number
+    if shutil.disk_usage(folder.parent).free < plan.checkpoint_bytes or not has_inodes:
+        raise disk_full(folder, plan.checkpoint_bytes)
 
 
 def _step_event(

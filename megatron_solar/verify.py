@@ -17,7 +17,9 @@ from typing import Any
 import torch
 import torch.distributed
 
+from megatron_solar.checkpoint_files import WEIGHT, open_verified, tensor_name
 from megatron_solar.cpu import cuda_calls_on_cpu
+from megatron_solar.weights import canonical_key
 from orchestrator.checkpoints import Checkpoint, read_checkpoint
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.run_directory import RunDirectory
@@ -74,7 +76,11 @@ def megatron_logits(plan: TrainingPlan, checkpoint: Checkpoint, tokens_BS: torch
             training = dataclasses.replace(settings.training, precision="fp32")
             config = compat.transformer_config(settings.model, alone, training, "cpu")
             chunk = compat.build_chunk(settings.model, config, tokens_BS.shape[1], "cpu", None)
-            compat.load_weights(chunk, checkpoint.path)
+            tensors = open_verified(checkpoint)
+            with torch.no_grad():
+                for name, parameter in chunk.named_parameters():
+                    key = canonical_key(name, 0, is_tied=settings.model.tie_embeddings)
+                    parameter.copy_(tensors.whole(tensor_name(WEIGHT, key)))
             positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
             with torch.no_grad():
                 logits: torch.Tensor = chunk.eval()(tokens_BS, positions_BS, None)

@@ -6,10 +6,11 @@ names them. Layouts: QKV is interleaved by KV group as [q..., k, v], fc1 is gate
 needs no permutation (Llama in megatron-core; measured against `transformers` in the tests).
 """
 
+import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -34,8 +35,9 @@ _LAYER_NAMES = {
     "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
 }
+EMBEDDING = "embedding.word_embeddings.weight"
 _OTHER_NAMES = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    EMBEDDING: "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
 }
@@ -84,11 +86,15 @@ class RandomWeights:
         return torch.empty(size).normal_(0.0, deviation, generator=generator)
 
 
-def canonical_key(parameter: str, layer_offset: int) -> str:
-    """Return the canonical key of a parameter of megatron's GPTModel, whichever layers it was built of."""
+def canonical_key(parameter: str, layer_offset: int, *, is_tied: bool) -> str:
+    """Return the canonical key of a parameter of megatron's GPTModel, whichever layers it was built of.
+
+    Args:
+        is_tied: whether the output layer is the embedding, of which the last pipeline stage has a copy.
+    """
     match = _LAYER.fullmatch(parameter)
     if match is None:
-        return parameter
+        return EMBEDDING if is_tied and parameter == "output_layer.weight" else parameter
     suffix = match[2].replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
     suffix = suffix.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
     return f"decoder.layers.{int(match[1]) + layer_offset}.{suffix}"
@@ -96,7 +102,7 @@ def canonical_key(parameter: str, layer_offset: int) -> str:
 
 def canonical_keys(shape: TransformerShape) -> list[str]:
     """Return every key of a model, embedding first, then layer by layer."""
-    keys = ["embedding.word_embeddings.weight"]
+    keys = [EMBEDDING]
     keys += [f"decoder.layers.{layer}.{suffix}" for layer in range(shape.num_layers) for suffix in _LAYER_NAMES]
     keys.append("decoder.final_layernorm.weight")
     return keys if shape.tie_embeddings else [*keys, "output_layer.weight"]
@@ -111,18 +117,64 @@ def read_canonical(key: str, source: WeightSource) -> Tensor:
     return _join_qkv(parts, source.shape) if len(parts) == 3 else torch.cat(parts) if len(parts) == 2 else parts[0]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+    """Rows of the whole tensor that a rank holds one after another."""
+
+    first: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartOfTensor:
+    """Which part of a whole tensor a tensor-parallel rank holds: blocks of rows, and columns from one on."""
+
+    whole_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    """Of the part: its blocks under each other."""
+    blocks: tuple[Block, ...]
+    first_column: int = 0
+    is_replicated: bool = False
+    """Whether every tensor-parallel rank holds all of it."""
+
+
+def part_of_tensor(key: str, whole_shape: Sequence[int], tensor_rank: int, tensor_parallel: int) -> PartOfTensor:
+    """Return where one tensor-parallel rank's part of a canonical tensor lies."""
+    whole = tuple(whole_shape)
+    rows = whole[0]
+    if key.endswith("linear_fc1.weight"):  # gate above up, each split
+        half, share = rows // 2, rows // 2 // tensor_parallel
+        blocks = (Block(first=tensor_rank * share, count=share), Block(first=half + tensor_rank * share, count=share))
+        return PartOfTensor(whole_shape=whole, shape=(2 * share, *whole[1:]), blocks=blocks)
+    if key.endswith(_SPLIT_ROWS):
+        share = rows // tensor_parallel
+        block = Block(first=tensor_rank * share, count=share)
+        return PartOfTensor(whole_shape=whole, shape=(share, *whole[1:]), blocks=(block,))
+    every_row = (Block(first=0, count=rows),)
+    if key.endswith(_SPLIT_COLUMNS):
+        share = whole[1] // tensor_parallel
+        return PartOfTensor(whole_shape=whole, shape=(rows, share), blocks=every_row, first_column=tensor_rank * share)
+    return PartOfTensor(whole_shape=whole, shape=whole, blocks=every_row, is_replicated=True)
+
+
+def canonical_shape(key: str, shape: TransformerShape) -> tuple[int, ...]:
+    """Return the size of a whole canonical tensor."""
+    sizes = expected_tensors(shape)
+    match = _LAYER.fullmatch(key)
+    if match is None:
+        return sizes[_OTHER_NAMES[key]]
+    parts = [sizes[f"model.layers.{match[1]}.{name}"] for name in _LAYER_NAMES[match[2]]]
+    return (sum(part[0] for part in parts), *parts[0][1:])
+
+
 def rank_part(key: str, whole: Tensor, tensor_rank: int, tensor_parallel: int) -> Tensor:
     """Return the part of a whole tensor that one tensor-parallel rank holds."""
-    if tensor_parallel == 1:
+    part = part_of_tensor(key, whole.shape, tensor_rank, tensor_parallel)
+    if part.is_replicated:
         return whole
-    if key.endswith("linear_fc1.weight"):
-        gate, up = whole.chunk(2)
-        return torch.cat([gate.chunk(tensor_parallel)[tensor_rank], up.chunk(tensor_parallel)[tensor_rank]])
-    if key.endswith(_SPLIT_ROWS):
-        return whole.chunk(tensor_parallel)[tensor_rank]
-    if key.endswith(_SPLIT_COLUMNS):
-        return whole.chunk(tensor_parallel, dim=1)[tensor_rank]
-    return whole
+    blocks = [whole[block.first : block.first + block.count] for block in part.blocks]
+    rows = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return rows[:, part.first_column : part.first_column + part.shape[1]]
 
 
 def to_hugging_face(shape: TransformerShape, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:

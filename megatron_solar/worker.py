@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator import exit_codes
-from orchestrator.errors import CheckpointError, ConfigError, DataError, ModelFolderError
-from orchestrator.files import read_json, write_json
+from orchestrator.errors import CheckpointError, ConfigError, DataError, DiskFullError, ModelFolderError
+from orchestrator.files import is_full, read_json, write_json
 from orchestrator.plan import TrainingPlan, read_plan
-from orchestrator.run_directory import AttemptDirectory, RunDirectory
+from orchestrator.run_directory import FILE_MASK, AttemptDirectory, RunDirectory
 
 RENDEZVOUS_SECONDS = 600
 
@@ -29,6 +29,7 @@ RENDEZVOUS_SECONDS = 600
 def main(arguments: Sequence[str]) -> int:
     """Run one rank and return its exit code."""
     started = time.time()
+    os.umask(FILE_MASK)
     parser = argparse.ArgumentParser(prog="worker")
     parser.add_argument("run", type=Path)
     parser.add_argument("attempt", type=int)
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     run = RunDirectory(options.run)
     attempt = run.attempt(options.attempt)
     try:
-        plan = read_plan(run.plan)
+        plan = read_plan(attempt.plan)
         reason = _run_rank(run, attempt, plan, options.rank, options.local_rank, started)
     except BaseException as error:
         _record_failure(attempt, options.rank, error)
@@ -63,6 +64,8 @@ def _run_rank(
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // plan.settings.cluster.ranks_per_node))
     else:
         torch.cuda.set_device(local_rank % max(1, torch.cuda.device_count()))
+    if plan.settings.training.deterministic:
+        torch.use_deterministic_algorithms(True)
     with contextlib.ExitStack() as stack:
         if on_cpu and "megatron.core" not in sys.modules:  # a forked rank inherits the substitute
             stack.enter_context(cuda_calls_on_cpu())
@@ -110,19 +113,18 @@ def own_address() -> str:
 
 def _record_failure(attempt: AttemptDirectory, rank: int, error: BaseException) -> None:
     text = "".join(traceback.format_exception(error))
-    print(text, file=sys.stderr, flush=True)
-    write_json(
-        attempt.rank_failure(rank),
-        {
-            "rank": rank,
-            "host": socket.gethostname(),
-            "time": time.time(),
-            "step": last_step(attempt),
-            "error": type(error).__name__,
-            "message": str(error),
-            "traceback": text,
-        },
-    )
+    record = {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "time": time.time(),
+        "step": last_step(attempt),
+        "error": type(error).__name__,
+        "message": str(error),
+        "traceback": text,
+    }
+    with contextlib.suppress(OSError):  # a full disk takes no record; the exit code says what happened
+        print(text, file=sys.stderr, flush=True)
+        write_json(attempt.rank_failure(rank), record)
 
 
 def last_step(attempt: AttemptDirectory) -> int | None:
@@ -136,6 +138,8 @@ def last_step(attempt: AttemptDirectory) -> int | None:
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, CheckpointError):
         return exit_codes.BAD_CHECKPOINT
+    if isinstance(error, DiskFullError) or is_full(error):
+        return exit_codes.DISK_FULL
     if isinstance(error, DataError):
         return exit_codes.BAD_DATA
     if isinstance(error, ConfigError | ModelFolderError):

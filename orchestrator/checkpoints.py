@@ -1,18 +1,102 @@
 """Checkpoints of a run as facts: a checkpoint exists when its marker does.
 
-The ranks write `checkpoints/step_N.attempt_A/`, a path of their own at every start; only the
-supervisor writes the marker, last, with the size and SHA-256 of each file. Standard library only.
+    checkpoints/step_0001200.attempt_0003/
+      rank_0000.safetensors  rank_0000.json     what one rank wrote: its pieces, their size and SHA-256
+      tensors.json                              which piece of which tensor lies in which file
+      complete.json                             written last, by the supervisor
+      damaged.json                              written by the supervisor when ranks found damage; it exists no more
+
+Every start of the ranks writes under a name of its own. The marker names the checkpoints that its start
+and those before it began from, so that the folder holds a tree, and the surviving trajectory is the
+branch of the newest start. What a rank of a lost start writes is never marked. Standard library only.
 """
 
 import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, OrchestrateError
+from orchestrator.events import CheckpointEvent, read_events
 from orchestrator.files import read_json, sha256_of, sync_folder, write_json
+from orchestrator.model_shape import TransformerShape
 from orchestrator.run_directory import RunDirectory
+from orchestrator.values import from_plain, to_plain
 
 MARKER = "complete.json"
+INDEX = "tensors.json"
+DAMAGED = "damaged.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileFacts:
+    """A file as it was written."""
+
+    bytes: int
+    sha256: str
+    """Of what was handed to the file system, computed while writing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A rectangle of a whole tensor, and the file that holds it."""
+
+    file: str
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A whole tensor in pieces."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it: F32."""
+    pieces: tuple[Piece, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankPart:
+    """What one rank says it has put on disk, in rank_N.json."""
+
+    rank: int
+    file: str
+    facts: FileFacts
+    tensors: dict[str, StoredTensor]
+    """Its pieces, by the name of the whole tensor."""
+    write_seconds: float
+    """From the first byte until the file was flushed, hashing included."""
+    hash_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointFacts:
+    """What a marker says besides the files."""
+
+    step: int
+    attempt: int
+    """The start that wrote it; 0 is another run's that this one was branched from."""
+    ancestry: tuple[str, ...]
+    """Checkpoint that the start began from, the one that its start began from, and so on; empty is the base."""
+    consumed_samples: int
+    data_fingerprint: str
+    tokenizer_sha256: str
+    model: TransformerShape
+    layout: str
+    precision: str
+    validation_loss: float | None
+    """Held-out loss at this step, where it was measured."""
+    code_version: str
+    written: float
+    """Unix time of the marker."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,11 +104,8 @@ class Checkpoint:
     """A complete checkpoint."""
 
     path: Path
-    step: int
-    attempt: int
-    consumed_samples: int
-    data_fingerprint: str
-    files: dict[str, dict[str, Any]]
+    facts: CheckpointFacts
+    files: dict[str, FileFacts]
 
     @property
     def name(self) -> str:
@@ -32,9 +113,27 @@ class Checkpoint:
         return self.path.name
 
     @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.facts.step
+
+    @property
+    def attempt(self) -> int:
+        """The start that wrote it."""
+        return self.facts.attempt
+
+    @property
     def size_bytes(self) -> int:
         """Size of all files."""
-        return sum(int(facts["bytes"]) for facts in self.files.values())
+        return sum(facts.bytes for facts in self.files.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Marker:
+    """complete.json."""
+
+    facts: CheckpointFacts
+    files: dict[str, FileFacts]
 
 
 def checkpoint_name(step: int, attempt: int) -> str:
@@ -42,37 +141,82 @@ def checkpoint_name(step: int, attempt: int) -> str:
     return f"step_{step:07d}.attempt_{attempt:04d}"
 
 
-def mark_complete(
-    path: Path,
-    *,
-    step: int,
-    attempt: int,
-    consumed_samples: int,
-    data_fingerprint: str,
-    files: dict[str, dict[str, Any]],
-) -> Checkpoint:
-    """Write the marker of a checkpoint whose files are all on disk.
+def parse_name(name: str) -> tuple[int, int] | None:
+    """Return step and attempt of a checkpoint's folder name, or None where it is none."""
+    match = re.fullmatch(r"step_(\d{7,})\.attempt_(\d{4,})", name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def part_file(rank: int) -> str:
+    """Return the name of the file with a rank's pieces."""
+    return f"rank_{rank:04d}.safetensors"
+
+
+def part_record(rank: int) -> str:
+    """Return the name of the file in which a rank says that its pieces are on disk."""
+    return f"rank_{rank:04d}.json"
+
+
+def read_parts(path: Path, world_size: int) -> list[RankPart] | None:
+    """Return what the ranks say they have written, or None while one has not.
 
     Raises:
-        CheckpointError: a file is missing or of another size; nothing is marked.
+        CheckpointError: a rank's record is not one of this version.
     """
-    for name, facts in files.items():
+    records = [path / part_record(rank) for rank in range(world_size)]
+    if not all(record.exists() for record in records):
+        return None
+    return [_decode(RankPart, record) for record in records]
+
+
+def mark_complete(path: Path, facts: CheckpointFacts, parts: Sequence[RankPart]) -> Checkpoint:
+    """Write index and marker of a checkpoint whose parts are all on disk.
+
+    Raises:
+        CheckpointError: a file is missing or of another size, or a tensor is not whole; nothing is marked.
+    """
+    files = {part.file: part.facts for part in parts}
+    for name, wanted in files.items():
         found = (path / name).stat().st_size if (path / name).exists() else None
-        if found != facts["bytes"]:
-            raise CheckpointError(f"{path / name} should have {facts['bytes']} bytes, found {found}; it was not marked")
-    sync_folder(path)
-    checkpoint = Checkpoint(
-        path=path,
-        step=step,
-        attempt=attempt,
-        consumed_samples=consumed_samples,
-        data_fingerprint=data_fingerprint,
-        files=files,
-    )
-    facts = dataclasses.asdict(checkpoint)
-    del facts["path"]
-    write_json(path / MARKER, facts)
-    return checkpoint
+        if found != wanted.bytes:
+            raise CheckpointError(f"{path / name} should have {wanted.bytes} bytes, found {found}; it was not marked")
+    write_json(path / INDEX, to_plain(merge_tensors(parts)), indent=None)
+    files[INDEX] = FileFacts(bytes=(path / INDEX).stat().st_size, sha256=sha256_of(path / INDEX))
+    sync_folder(path.parent)  # the ranks made the folder; write_json flushes its entries
+    write_marker(path, facts, files)
+    return Checkpoint(path=path, facts=facts, files=files)
+
+
+def write_marker(path: Path, facts: CheckpointFacts, files: dict[str, FileFacts]) -> None:
+    """Write the marker, which makes a folder a checkpoint."""
+    write_json(path / MARKER, to_plain(_Marker(facts=facts, files=files)))
+
+
+def merge_tensors(parts: Sequence[RankPart]) -> dict[str, StoredTensor]:
+    """Return the whole tensors that the ranks' pieces make.
+
+    Raises:
+        CheckpointError: the pieces of a tensor leave a gap, overlap, or disagree about it.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    kinds: dict[str, tuple[tuple[int, ...], str]] = {}
+    problems = []
+    for part in parts:
+        for name, tensor in part.tensors.items():
+            kind = (tensor.shape, tensor.dtype)
+            if kinds.setdefault(name, kind) != kind:
+                problems.append(f"{name} is {kinds[name]} for one rank and {kind} for rank {part.rank}")
+            pieces.setdefault(name, []).extend(tensor.pieces)
+    for name, found in pieces.items():
+        held, wanted = sum(piece.elements for piece in found), math.prod(kinds[name][0])
+        if held != wanted:
+            problems.append(f"{name} should have {wanted} numbers, the ranks wrote {held}")
+    if problems:
+        raise CheckpointError("the ranks' pieces do not make whole tensors; it was not marked:", problems[:20])
+    return {
+        name: StoredTensor(shape=kinds[name][0], dtype=kinds[name][1], pieces=tuple(found))
+        for name, found in sorted(pieces.items())
+    }
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -85,23 +229,62 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"no checkpoint at {path}; `orchestrate status` lists those that are there")
     if not (path / MARKER).exists():
         raise CheckpointError(f"{path} was never completed (no {MARKER} in it); use an earlier checkpoint")
-    try:
-        return Checkpoint(path=path, **read_json(path / MARKER))
-    except TypeError as error:
-        raise CheckpointError(f"{path / MARKER} is not of this version: {error}; use an earlier checkpoint") from error
+    marker = _decode(_Marker, path / MARKER)
+    return Checkpoint(path=path, facts=marker.facts, files=marker.files)
+
+
+def read_index(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """Return the tensors of a checkpoint; the index itself is verified by `damage`.
+
+    Raises:
+        CheckpointError: the index is not one of this version.
+    """
+    tensors: dict[str, StoredTensor] = _decode(_Index, checkpoint.path / INDEX, wrap="tensors").tensors
+    return tensors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Index:
+    tensors: dict[str, StoredTensor]
+
+
+def marked_checkpoints(run: RunDirectory) -> list[Checkpoint]:
+    """Return every complete checkpoint of a run that was not found damaged, of all branches, by name."""
+    found = sorted(run.checkpoints_folder.iterdir()) if run.checkpoints_folder.exists() else []
+    return [read_checkpoint(path) for path in found if (path / MARKER).exists() and not (path / DAMAGED).exists()]
 
 
 def complete_checkpoints(run: RunDirectory) -> list[Checkpoint]:
-    """Return the complete checkpoints of a run's surviving trajectory, the oldest first.
+    """Return the complete checkpoints of a run's surviving trajectory, the oldest first."""
+    return lineage(marked_checkpoints(run))
 
-    Of one step the newest attempt's counts.
+
+def completed_once(run: RunDirectory) -> list[str]:
+    """Return the names of all checkpoints that the run's supervisors ever marked, also of those that are gone."""
+    return [
+        event.name
+        for attempt in run.attempts()
+        for _, event in read_events(attempt.supervisor_events)
+        if isinstance(event, CheckpointEvent)
+    ]
+
+
+def lineage(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return those on the branch of the newest start, the oldest first.
+
+    A start's own checkpoints count, then those of the start that it began from up to there, and so on.
+    Two of one step are possible where a damaged one was written again; the newer start's counts.
     """
-    by_step: dict[int, Checkpoint] = {}
-    for path in sorted(run.checkpoints_folder.iterdir()) if run.checkpoints_folder.exists() else []:
-        if (path / MARKER).exists():
-            checkpoint = read_checkpoint(path)
-            by_step[checkpoint.step] = checkpoint
-    return [by_step[step] for step in sorted(by_step)]
+    if not checkpoints:
+        return []
+    newest = max(checkpoints, key=lambda checkpoint: (checkpoint.attempt, checkpoint.step))
+    up_to = {newest.attempt: newest.step}
+    last = newest.step
+    for step, attempt in filter(None, map(parse_name, newest.facts.ancestry)):
+        last = min(last, step)
+        up_to.setdefault(attempt, last)
+    branch = {c.step: c for c in sorted(checkpoints, key=lambda c: c.attempt) if c.step <= up_to.get(c.attempt, -1)}
+    return [branch[step] for step in sorted(branch)]
 
 
 def choose_checkpoint(run: RunDirectory, step: int | None = None) -> Checkpoint:
@@ -121,21 +304,62 @@ def choose_checkpoint(run: RunDirectory, step: int | None = None) -> Checkpoint:
     raise CheckpointError(f"run {run.name} has no checkpoint of step {step}; there are {[c.step for c in found]}")
 
 
-def damage(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> list[str]:
+def damage(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> list[str]:
     """Return what is wrong with a checkpoint's files, by size and SHA-256.
 
     Args:
-        part: which share of the files to read, so that `parts` ranks read all of them in parallel.
+        names: the files to read; all of them by default.
     """
     found = []
-    for index, (name, facts) in enumerate(sorted(checkpoint.files.items())):
-        if index % parts != part:
-            continue
-        path = checkpoint.path / name
-        if not path.exists():
+    for name in sorted(checkpoint.files) if names is None else names:
+        path, wanted = checkpoint.path / name, checkpoint.files[name]
+        try:
+            size = path.stat().st_size
+            if size != wanted.bytes:
+                found.append(f"{path} should have {wanted.bytes} bytes, found {size}")
+            elif sha256_of(path) != wanted.sha256:
+                found.append(f"{path} does not have the SHA-256 that was recorded when it was written")
+        except FileNotFoundError:
             found.append(f"{path} is missing")
-        elif path.stat().st_size != facts["bytes"]:
-            found.append(f"{path} should have {facts['bytes']} bytes, found {path.stat().st_size}")
-        elif sha256_of(path) != facts["sha256"]:
-            found.append(f"{path} does not have the SHA-256 that was recorded when it was written")
+        except OSError as error:
+            found.append(f"{path} cannot be read: {error.strerror}")
     return found
+
+
+def mark_damaged(checkpoint: Checkpoint, problems: Sequence[str], time: float) -> None:
+    """Have readers leave a checkpoint out from now on; removing damaged.json brings it back."""
+    write_json(checkpoint.path / DAMAGED, {"time": time, "problems": list(problems)})
+
+
+def foreign(facts: CheckpointFacts, model: TransformerShape, tokenizer_sha256: str, data_fingerprint: str) -> list[str]:
+    """Return in what a checkpoint is not of a run's own model, tokenizer and data."""
+    found = [
+        f"model.{field.name} is {getattr(facts.model, field.name)} in the checkpoint and "
+        f"{getattr(model, field.name)} in the run"
+        for field in dataclasses.fields(model)
+        if getattr(facts.model, field.name) != getattr(model, field.name)
+    ]
+    if facts.tokenizer_sha256 != tokenizer_sha256:
+        found.append(
+            f"its data was made with tokenizer {facts.tokenizer_sha256[:12]}, the run's with {tokenizer_sha256[:12]}"
+        )
+    elif facts.data_fingerprint != data_fingerprint:
+        found.append(
+            f"it was trained on data {facts.data_fingerprint[:12]}, the data sets are now {data_fingerprint[:12]}; "
+            "put the data sets back as they were"
+        )
+    return found
+
+
+def _decode(kind: type[Any], path: Path, wrap: str = "") -> Any:
+    problems: list[str] = []
+    try:
+        plain: Mapping[str, object] = read_json(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except OrchestrateError as error:
+        raise CheckpointError(str(error)) from error
+    value = from_plain(kind, {wrap: plain} if wrap else plain, "", problems)
+    if value is None:
+        raise CheckpointError(f"{path} is not of this version; use an earlier checkpoint:", problems[:5])
+    return value

@@ -32,6 +32,7 @@ def settings_problems(settings: RunSettings) -> list[str]:
         *_data_problems(settings),
         *_training_problems(settings),
         *_cluster_problems(settings),
+        *_secret_problems(settings),
     ]
     grid_problems = _grid_problems(settings)
     found += grid_problems
@@ -96,12 +97,19 @@ def _training_problems(settings: RunSettings) -> list[str]:
         )
     for name, value in (
         ("checkpoint.interval_steps", settings.checkpoint.interval_steps),
+        ("checkpoint.keep_last", settings.checkpoint.keep_last),
         ("training.validation_interval_steps", training.validation_interval_steps),
         ("training.validation_samples", training.validation_samples),
         ("max_restarts_without_progress", settings.max_restarts_without_progress),
     ):
         if value < 1:
             found.append(f"{name} should be at least 1, found {value}")
+    for name, value in (
+        ("keep_every_steps", settings.checkpoint.keep_every_steps),
+        ("keep_best", settings.checkpoint.keep_best),
+    ):
+        if value < 0:
+            found.append(f"checkpoint.{name} should be 0 or more, found {value}")
     return found
 
 
@@ -128,6 +136,22 @@ def _cluster_problems(settings: RunSettings) -> list[str]:
             found.append(f"cluster.{name}={value} should be above 0; leave it out where it is not known")
     if cluster.scheduler == "local" and cluster.nodes > 1:
         found.append(f"cluster.nodes={cluster.nodes} needs a cluster; {cluster.name} is this machine alone, use 1")
+    return found
+
+
+def _secret_problems(settings: RunSettings) -> list[str]:
+    """Return what must not lie in a run's folder, which the group may read."""
+    found = [
+        f"cluster.environment.{name} looks like a secret, and a run's folder is read by others; export it in the "
+        "shell that launches, the job inherits it"
+        for name in settings.cluster.environment
+        if re.search(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(?:API|ACCESS|PRIVATE)_?KEY", name.upper())
+    ]
+    if re.search(r"//[^/@]*:[^/@]*@", settings.tracking.uri):
+        found.append(
+            "tracking.uri holds a password, and a run's folder is read by others; leave it out of the address and "
+            "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     return found
 
 

@@ -7,7 +7,8 @@ and of its own name, which then means the next one on the search path: a site's 
 is `from: h100` and its partition. Every `defaults.yaml` on that path lies under the recipe.
 
 Overrides come last: `cluster=NAME` puts another file in the place of the recipe's, wherever it stands
-among `section.field=value`. Text fields take the raw text, so that `4:00:00` stays.
+among `section.field=value`. Text fields take the raw text, so that `4:00:00` stays. A field's own name
+is enough where no other section has it: `tokens=2e10`.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from orchestrator.checks import settings_problems
 from orchestrator.errors import ConfigError
 from orchestrator.settings import RANDOM_BASE, PathSettings, RunSettings
 from orchestrator.tracking_store import default_store
-from orchestrator.values import field_types, from_plain, nearest, to_plain, unknown_key
+from orchestrator.values import field_types, from_plain, keys_of, nearest, to_plain, unknown_key
 
 GROUPS = ("model", "cluster")
 
@@ -57,25 +58,52 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> RunSettings:
     Raises:
         ConfigError: every problem of the configuration at once.
     """
-    problems: list[str] = []
-    chosen = _load_named("recipe", recipe)
+    chosen = _with_groups(_load_named("recipe", recipe), overrides)
+    return _settings(_merge(_defaults(), chosen), overrides, f"recipe {recipe}")
+
+
+def recompose(settings: RunSettings, overrides: Sequence[str]) -> RunSettings:
+    """Return a run's settings with overrides, checked as a whole; defaults and recipes of today count no more.
+
+    Raises:
+        ConfigError: every problem of the configuration at once.
+    """
+    resolved = typing.cast(DictConfig, OmegaConf.create(_as_text(to_plain(settings))))
+    return _settings(_with_groups(resolved, overrides), overrides, f"run {settings.name}")
+
+
+def _with_groups(chosen: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Put the files that overrides name in the place of `model` and `cluster`."""
     for override in overrides:
         if override.partition("=")[0] in GROUPS:
             chosen = _overlay(chosen, OmegaConf.create(dict([override.split("=", 1)])))
-    merged = _merge(_defaults(), chosen)
+    return chosen
+
+
+def _settings(merged: DictConfig, overrides: Sequence[str], what: str) -> RunSettings:
+    problems: list[str] = []
     for override in overrides:
         if override.partition("=")[0] not in GROUPS:
             merged = _apply_override(merged, override, problems)
     try:
         plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"recipe {recipe} cannot be resolved: {error}") from error
+        raise ConfigError(f"{what} cannot be resolved: {error}") from error
     settings = from_plain(RunSettings, plain, "", problems)
     if settings is not None and not problems:
         problems += settings_problems(settings)
     if settings is None or problems:
-        raise ConfigError(f"recipe {recipe} cannot be run as it is; {len(problems)} to mend:", problems)
+        raise ConfigError(f"{what} cannot be run as it is; {len(problems)} to mend:", problems)
     return _with_absolute_paths(settings)
+
+
+def _as_text(value: Any) -> Any:
+    """Escape what omegaconf would take for an interpolation in resolved settings."""
+    if isinstance(value, dict):
+        return {key: _as_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_text(item) for item in value]
+    return _raw(value) if isinstance(value, str) else value
 
 
 def paths_in_force() -> PathSettings:
@@ -164,6 +192,7 @@ def _apply_override(merged: DictConfig, override: str, problems: list[str]) -> D
     if not separator or not key:
         problems.append(f"override {override!r} should read section.field=value")
         return merged
+    key = _whole_key(key)
     kind: Any = RunSettings
     for part in key.split("."):
         if typing.get_origin(kind) is dict:
@@ -192,6 +221,14 @@ def _apply_override(merged: DictConfig, override: str, problems: list[str]) -> D
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return _merge(merged, OmegaConf.create(nested))
+
+
+def _whole_key(key: str) -> str:
+    """Return `training.tokens` for `tokens`: a field's own name is enough where no other section has it."""
+    if "." in key or key in field_types(RunSettings):
+        return key
+    same_name = [known for known in keys_of(RunSettings) if known.rpartition(".")[2] == key]
+    return same_name[0] if len(same_name) == 1 else key
 
 
 def _raw(text: str) -> str:

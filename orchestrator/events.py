@@ -6,6 +6,7 @@ attention counted by its causal half; MFU is against `StartEvent.peak_tflops` a 
 """
 
 import dataclasses
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -73,19 +74,18 @@ class ValidationEvent:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointWrittenEvent:
-    """All ranks have written and flushed their files; the supervisor may mark it as complete."""
+class SaveEvent:
+    """Rank 0 has copied its part of the state and trains on; the ranks are writing."""
 
-    kind: ClassVar[str] = "checkpoint_written"
+    kind: ClassVar[str] = "save"
     time: float
     step: int
     name: str
     consumed_samples: int
     data_fingerprint: str
-    files: dict[str, dict[str, Any]]
-    """File name to `bytes` and `sha256`, each hashed by the rank that wrote it."""
-    seconds: float
-    """How long training stood still for it."""
+    tokenizer_sha256: str
+    stall_seconds: float
+    """How long training stood still for it, waiting for the save before included."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +98,51 @@ class CheckpointEvent:
     name: str
     bytes: int
     seconds: float
+    """From the beginning of the save."""
+    write_seconds: float
+    """Of the slowest rank, hashing and flushing included."""
+    hash_seconds: float
+    """Of the same rank."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DamageEvent:
+    """The ranks found a checkpoint damaged and took the one before."""
+
+    kind: ClassVar[str] = "damage"
+    time: float
+    step: int
+    name: str
+    problems: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RemovedEvent:
+    """The supervisor has deleted a checkpoint, or what is left of one that was never complete."""
+
+    kind: ClassVar[str] = "removed"
+    time: float
+    step: int
+    name: str
+    why: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RepeatEvent:
+    """Steps that an earlier attempt had done already were done again, and their losses compared."""
+
+    kind: ClassVar[str] = "repeat"
+    time: float
+    step: int
+    """The step with the largest difference."""
+    first_step: int
+    last_step: int
+    recorded_loss: float
+    loss: float
+    relative_difference: float
+    noise: float
+    """What the layouts and the device explain; 0 where the same bits are due."""
+    is_beyond_noise: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,12 +156,19 @@ class EndEvent:
     """`finished`, or the reason of the stop request."""
 
 
-Event = StartEvent | StepEvent | ValidationEvent | CheckpointWrittenEvent | CheckpointEvent | EndEvent
+Event = (
+    StartEvent
+    | StepEvent
+    | ValidationEvent
+    | SaveEvent
+    | CheckpointEvent
+    | DamageEvent
+    | RemovedEvent
+    | RepeatEvent
+    | EndEvent
+)
 
-_KINDS: dict[str, type[Any]] = {
-    kind.kind: kind
-    for kind in (StartEvent, StepEvent, ValidationEvent, CheckpointWrittenEvent, CheckpointEvent, EndEvent)
-}
+_KINDS: dict[str, type[Any]] = {kind.kind: kind for kind in typing.get_args(Event)}
 
 
 def event_record(event: Event) -> dict[str, Any]:

@@ -8,6 +8,7 @@ BAD_CONFIG = 70
 BAD_DATA = 71
 BAD_CHECKPOINT = 72
 NOT_FINITE = 73
+DISK_FULL = 74
 SAVED_AND_LEFT = 75
 
 
@@ -25,6 +26,9 @@ class Cause(StrEnum):
     BAD_DATA = "bad_data"
     BAD_CONFIG = "bad_config"
     BAD_CHECKPOINT = "bad_checkpoint"
+    DISK_FULL = "disk_full"
+    SUPERSEDED = "superseded"
+    """Another supervisor took the run over."""
     SUPERVISOR_LOST = "supervisor_lost"
 
 
@@ -35,5 +39,6 @@ CAUSE_OF_CODE = {
     BAD_DATA: Cause.BAD_DATA,
     BAD_CHECKPOINT: Cause.BAD_CHECKPOINT,
     NOT_FINITE: Cause.NOT_FINITE,
+    DISK_FULL: Cause.DISK_FULL,
 }
 """SAVED_AND_LEFT is not here: its cause is the reason of the stop request."""

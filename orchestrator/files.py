@@ -5,10 +5,12 @@ JSONL is appended by one write; a reader skips a torn last line and refuses a to
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,7 +33,7 @@ def sync_folder(folder: Path) -> None:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file, or leave what was there."""
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
             stream.write(data)
@@ -44,9 +46,28 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file atomically, with sorted keys kept as given and a final newline."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def create_json(path: Path, value: object) -> None:
+    """Write a JSON file whole under a name that nobody has; of several hosts that try, one does.
+
+    Raises:
+        FileExistsError: the name is taken.
+    """
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    write_json(temporary, value)
+    try:
+        path.hardlink_to(temporary)
+    finally:
+        temporary.unlink()
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: object, *, indent: int | None = 2) -> None:
+    """Write a JSON file atomically, its keys in the order given, with a final newline.
+
+    Args:
+        indent: None writes it in one line, for large ones that programs read.
+    """
+    write_atomic(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -87,11 +108,36 @@ def new_folder(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def is_full(error: BaseException) -> bool:
+    """Return whether a file system had no space, no quota or no inode left."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def _umask() -> int:
     """Return the process's file mode mask; it can only be read by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+@contextlib.contextmanager
+def file_mask(mask: int) -> Iterator[None]:
+    """Make files with a mode mask of their own for the block."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file that is never written again a second name, or copy it where the file system has none."""
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)
 
 
 def sha256_of(path: Path) -> str:
@@ -101,16 +147,26 @@ def sha256_of(path: Path) -> str:
 
 
 class JsonLines:
-    """Append records to a JSON-lines file; each record is one write of one whole line."""
+    """Append records to a JSON-lines file of one writer; each record is one write of one whole line."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
     def append(self, record: Mapping[str, object]) -> None:
-        """Write one record as one line."""
-        line = json.dumps(record, separators=(",", ":"), ensure_ascii=False, allow_nan=True) + "\n"
-        os.write(self._descriptor, line.encode())
+        """Write one record as one line, or nothing.
+
+        Raises:
+            OSError: such as a full disk; what was written of the line is taken back.
+        """
+        line = json.dumps(record, separators=(",", ":"), ensure_ascii=False, allow_nan=True).encode() + b"\n"
+        before = os.fstat(self._descriptor).st_size
+        try:
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+        except OSError:
+            os.ftruncate(self._descriptor, before)
+            raise
 
     def close(self) -> None:
         """Flush to disk and close."""

@@ -1,57 +1,102 @@
-"""Make a run's folder and submit it; resume and cancel one. Effects, in the order in which they must happen."""
+"""Make a run's folder and submit it; cancel one. Effects, in the order in which they must happen."""
 
-import getpass
-import importlib.metadata
+import dataclasses
 import os
-import platform
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import orchestrator
+from orchestrator.changes import OF_A_BRANCH, changes_between, check_changes
+from orchestrator.checkpoints import Checkpoint, checkpoint_name, foreign, write_marker
 from orchestrator.config import to_yaml
-from orchestrator.errors import ConfigError, OrchestrateError, RunError
-from orchestrator.files import write_atomic, write_json
+from orchestrator.errors import CheckpointError, ConfigError, OrchestrateError, RunError
+from orchestrator.files import file_mask, link_or_copy, new_folder, write_atomic, write_json
 from orchestrator.plan import TrainingPlan, read_plan, write_plan
-from orchestrator.reconcile import ENDED, State
-from orchestrator.run_directory import RunDirectory, create_run, discard_run, name_taken
+from orchestrator.provenance import provenance, snapshot_code
+from orchestrator.reconcile import ENDED
+from orchestrator.retention import kept_at_most
+from orchestrator.run_directory import FILE_MASK, RunDirectory, create_run, discard_run, name_taken
 from orchestrator.settings import RANDOM_BASE
 from orchestrator.slurm.scheduler import tell_to_end
 from orchestrator.slurm.submission import check_scheduler, submit
 from orchestrator.status import RunStatus, read_status
 from orchestrator.tokenize.manifest import DatasetManifest, read_manifest
-from orchestrator.version import VERSION
-
-CODE_PACKAGES = ("orchestrator", "megatron_solar")
-RECORDED_PACKAGES = (
-    "torch",
-    "megatron-core",
-    "transformer-engine",
-    "numpy",
-    "safetensors",
-    "submitit",
-    "mlflow",
-    "omegaconf",
-)
+from orchestrator.units import format_bytes
 
 
-def check_start(plan: TrainingPlan) -> list[DatasetManifest]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BranchPoint:
+    """A checkpoint of another run from which a new one goes on."""
+
+    run: RunDirectory
+    checkpoint: Checkpoint
+
+
+def check_start(plan: TrainingPlan, branch: BranchPoint | None = None) -> list[DatasetManifest]:
     """Check all that a launch needs, before anything is written.
 
     Returns:
         the manifests of the training data sets.
 
     Raises:
-        ConfigError, RunError, SchedulerError: it could not start.
+        ConfigError, RunError, SchedulerError, CheckpointError: it could not start.
     """
     check_scheduler(plan)
     runs, name = Path(plan.settings.paths.runs), plan.settings.name
     if (runs / name).exists():
         raise name_taken(runs, name)
-    return check_inputs(plan)
+    manifests = check_inputs(plan, needs_base=branch is None)
+    check_disk(plan, runs)
+    if branch is not None:
+        check_branch(plan, branch, manifests)
+    return manifests
+
+
+def check_branch(plan: TrainingPlan, branch: BranchPoint, manifests: list[DatasetManifest]) -> None:
+    """Refuse a branch that its checkpoint does not fit.
+
+    Raises:
+        ConfigError: fields that a branch cannot change, by name, or too few tokens.
+        CheckpointError: the checkpoint is of another model, tokenizer or data.
+    """
+    from megatron_solar.sample_order import data_fingerprint  # imports numpy
+
+    settings, checkpoint = plan.settings, branch.checkpoint
+    what = f"run {settings.name!r} cannot go on from {branch.run.name}@{checkpoint.step}"
+    fingerprint = data_fingerprint(settings.data, manifests, settings.training.seed)
+    changes = changes_between(read_plan(branch.run.plan).settings, settings)
+    is_same_data = fingerprint == checkpoint.facts.data_fingerprint
+    check_changes(changes, what, is_same_data=is_same_data, own_fields=OF_A_BRANCH)
+    problems = foreign(checkpoint.facts, settings.model, manifests[0].tokenizer_sha256, fingerprint)
+    if problems:
+        raise CheckpointError(f"{what}:", problems)
+    if plan.total_steps <= checkpoint.step:
+        raise ConfigError(
+            f"{what}: training.tokens={settings.training.tokens} are {plan.total_steps} steps, which it has done; "
+            "give more tokens"
+        )
+
+
+def check_disk(plan: TrainingPlan, runs: Path) -> None:
+    """Refuse a run whose checkpoints have no room; a quota is not seen here, only when it is met.
+
+    Raises:
+        ConfigError: too few bytes or inodes are free.
+    """
+    there = next(folder for folder in (runs, *runs.parents) if folder.exists())
+    count = kept_at_most(plan.total_steps, plan.settings.checkpoint)
+    free, facts = shutil.disk_usage(there).free, os.statvfs(there)
+    files = count * (2 * plan.layout.world_size + 4)
+    problems = []
+    if free < count * plan.checkpoint_bytes:
+        problems.append(
+            f"{count} checkpoints of {format_bytes(plan.checkpoint_bytes)} at once need "
+            f"{format_bytes(count * plan.checkpoint_bytes)}, {there} has {format_bytes(free)} free; keep fewer "
+            "(checkpoint.keep_last, keep_every_steps), free space, or choose another paths.runs"
+        )
+    if facts.f_files and facts.f_favail < files:
+        problems.append(f"{count} checkpoints have {files} files, {there} has {facts.f_favail} inodes free")
+    if problems:
+        raise ConfigError(f"run {plan.settings.name!r} has no room for its checkpoints:", problems)
 
 
 def check_inputs(plan: TrainingPlan, *, needs_base: bool = True) -> list[DatasetManifest]:
@@ -90,51 +135,46 @@ def check_inputs(plan: TrainingPlan, *, needs_base: bool = True) -> list[Dataset
     return manifests
 
 
-def launch(plan: TrainingPlan, command: str) -> RunDirectory:
+def launch(plan: TrainingPlan, command: str, branch: BranchPoint | None = None) -> RunDirectory:
     """Make the run's folder and submit its job; where the submission fails no folder is left.
 
     Args:
         command: what the person typed, for the provenance.
+        branch: what it goes on from, instead of its base.
 
     Raises:
-        ConfigError, RunError, SchedulerError: nothing was left behind.
+        ConfigError, RunError, SchedulerError, CheckpointError: nothing was left behind.
     """
-    check_start(plan)
-    run = create_run(Path(plan.settings.paths.runs), plan.settings.name)
-    try:
-        write_atomic(run.config, to_yaml(plan.settings))
-        snapshot_code(run)
-        write_json(run.provenance, provenance(command))
-        write_plan(run.plan, plan)
-        submit(run, by="person")
-    except BaseException:
-        discard_run(run)
-        raise
+    check_start(plan, branch)
+    with file_mask(FILE_MASK):
+        run = create_run(Path(plan.settings.paths.runs), plan.settings.name)
+        try:
+            write_atomic(run.config, to_yaml(plan.settings))
+            untracked = snapshot_code(run.code)
+            origin = None if branch is None else {"run": str(branch.run.path), "checkpoint": branch.checkpoint.name}
+            write_json(run.provenance, provenance(command, branched_from=origin, untracked_sources=untracked))
+            if branch is not None:
+                adopt(branch.checkpoint, run)
+            write_plan(run.launched_plan, plan)
+            submit(run, by="person")
+        except BaseException:
+            discard_run(run)
+            raise
     return run
 
 
-def resume(run: RunDirectory) -> RunStatus:
-    """Submit a run that ended once more; it goes on from its newest checkpoint.
+def adopt(checkpoint: Checkpoint, run: RunDirectory) -> Checkpoint:
+    """Make another run's checkpoint the first of this one: by hard links, or by copies on another file system.
 
-    Raises:
-        RunError: it has not ended, or there is nothing left to do.
-        ConfigError: the data sets are not what they were, or not there.
-        SchedulerError: the job could not be submitted.
+    So the other run may delete its own; and no file of a checkpoint is ever written to again.
     """
-    status = read_status(run)
-    if status.state == State.FINISHED:
-        raise RunError(f"run {run.name} has done all its {status.total_steps} steps; export it with "
-                       f"`orchestrate export {run.name} --output DIR`")  # fmt: skip
-    if status.state not in ENDED:
-        raise RunError(
-            f"run {run.name} is {status.state}; cancel it first, or follow it with `orchestrate logs {run.name}`"
-        )
-    plan = read_plan(run.plan)
-    check_scheduler(plan)
-    check_inputs(plan, needs_base=status.last_checkpoint is None)
-    run.cancel_mark.unlink(missing_ok=True)
-    submit(run, by="person")
-    return status
+    path = run.checkpoint_path(checkpoint_name(checkpoint.step, 0))
+    with new_folder(path) as folder:
+        for name in checkpoint.files:
+            link_or_copy(checkpoint.path / name, folder / name)
+        own = dataclasses.replace(checkpoint.facts, attempt=0, ancestry=())
+        write_marker(folder, own, checkpoint.files)
+    return Checkpoint(path=path, facts=own, files=checkpoint.files)
 
 
 def cancel(run: RunDirectory) -> RunStatus:
@@ -149,59 +189,3 @@ def cancel(run: RunDirectory) -> RunStatus:
     run.write_cancel_mark()
     tell_to_end(run)
     return status
-
-
-def snapshot_code(run: RunDirectory) -> None:
-    """Copy the sources of this project into the run, so that a later edit never reaches it."""
-    root = Path(orchestrator.__file__).parent.parent
-    for package in CODE_PACKAGES:
-        for folder, _, names in os.walk(root / package, followlinks=True):
-            for name in names:
-                if name.endswith(".py"):
-                    source = Path(folder) / name
-                    target = run.code / source.relative_to(root)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(source, target)
-
-
-def provenance(command: str) -> dict[str, object]:
-    """Return who launched what, when and with which versions; no environment, no secrets."""
-    return {
-        "command": command,
-        "time": time.time(),
-        "host": socket.gethostname(),
-        "user": _user(),
-        "folder": str(Path.cwd()),
-        "orchestrate": VERSION,
-        "git": _git_state(Path(orchestrator.__file__).parent.parent),
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in RECORDED_PACKAGES},
-    }
-
-
-def _user() -> str:
-    """Return the user's name, or the number where a container knows no name."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_state(folder: Path) -> dict[str, object] | None:
-    """Return commit and whether files differ from it, or None outside a checkout."""
-    if not (folder / ".git").exists() or shutil.which("git") is None:
-        return None
-
-    def git(*arguments: str) -> str:
-        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
-        return result.stdout.strip()
-
-    return {"commit": git("rev-parse", "HEAD"), "is_changed": bool(git("status", "--porcelain"))}

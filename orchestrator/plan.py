@@ -34,7 +34,7 @@ class TrainingPlan:
     static_bytes_per_rank: int
     """Weights, gradients and optimizer on the rank that holds most, without activations."""
     checkpoint_bytes: int
-    """Weights and optimizer state of one checkpoint."""
+    """Of one checkpoint: fp32 weights and two moments, whatever the precision."""
     fingerprint: str
 
     @property
@@ -64,7 +64,7 @@ def make_plan(settings: RunSettings) -> TrainingPlan:
         parameters=shape.parameters(),
         flops_per_token=shape.flops_per_token(settings.data.sequence_length),
         static_bytes_per_rank=static_bytes(settings, layout),
-        checkpoint_bytes=shape.parameters() * (16 if settings.training.precision == "fp32" else 14),
+        checkpoint_bytes=shape.parameters() * 12,
         fingerprint=fingerprint,
     )
 

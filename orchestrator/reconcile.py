@@ -1,4 +1,4 @@
-"""Where a run stands: a pure function of its folder's records and of what the scheduler says.
+"""Where a run stands: a pure function of its folder's records, of what the scheduler says, and of the time.
 
 The folder is the truth. An answer of the scheduler that is none means "unknown, keep what was last
 known", never "gone".
@@ -11,6 +11,7 @@ from typing import Any
 
 from orchestrator.exit_codes import Cause
 from orchestrator.recovery import Action
+from orchestrator.units import format_duration
 
 
 class State(StrEnum):
@@ -48,6 +49,8 @@ class RunRecords:
     """For each attempt its `number`, and its `outcome` or None."""
     cancel_asked: float | None
     """When a person cancelled; a later resume forgets it."""
+    last_heard: float | None
+    """When the ranks told something last."""
 
     @property
     def last_outcome(self) -> dict[str, Any] | None:
@@ -67,82 +70,120 @@ class RunRecords:
         return outcome is not None and not self.is_resumed and outcome["action"] in (Action.FINISH, Action.STOP)
 
 
+QUIET_SECONDS = 600.0
+"""How long running ranks may say nothing before that is worth saying; a step takes seconds."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Standing:
-    """A state with its reason and what a person may do next."""
+    """A state with its cause, its reason in words, and what a person may do next."""
 
     state: State
+    cause: Cause | None
+    """Of the newest attempt's end; None while none has ended, or nothing is known of it."""
     reason: str
-    next_command: str
+    actions: tuple[str, ...]
+    """Commands, the most useful first."""
 
 
-def reconcile(name: str, records: RunRecords, job: JobAnswer) -> Standing:
-    """Return where a run stands."""
+def reconcile(name: str, records: RunRecords, job: JobAnswer, now: float) -> Standing:
+    """Return where a run stands.
+
+    Args:
+        now: Unix time; the records' times are of the same clock or nearly so.
+    """
     outcome = records.last_outcome
     if outcome is not None and records.is_settled:
         return _settled(name, outcome)
     if job == JobAnswer.GONE:
         return _gone(name, records)
-    look_again = f"orchestrate status {name}"
+    cause = Cause(outcome["cause"]) if outcome is not None else None
+    status, logs = f"orchestrate status {name}", f"orchestrate logs {name} --follow"
+    cancel = f"orchestrate cancel {name}"
     if job == JobAnswer.SILENT:
         seen = "running when last seen; " if records.attempts and outcome is None else ""
-        reason = f"{seen}the scheduler does not answer"
-        return Standing(state=State.UNKNOWN, reason=reason, next_command=look_again)
+        heard = _heard(records, now)
+        return Standing(
+            state=State.UNKNOWN,
+            cause=cause,
+            reason=f"{seen}the scheduler does not answer" + (f"; {heard}" if heard else ""),
+            actions=(status, logs),
+        )
     if job == JobAnswer.PENDING:
         reason = "waiting for the scheduler"
         if records.attempts and not records.is_resumed:
-            cause = outcome["cause"] if outcome is not None else Cause.SUPERVISOR_LOST
+            cause = cause or Cause.SUPERVISOR_LOST
             reason = f"{cause}; the job was requeued and waits for the scheduler"
-        return Standing(state=State.PENDING, reason=reason, next_command=look_again)
+        elif records.submitted and now - records.submitted[-1] >= QUIET_SECONDS:
+            reason += f" for {format_duration(now - records.submitted[-1])}"
+        return Standing(state=State.PENDING, cause=cause, reason=reason, actions=(status, cancel))
     if not records.attempts or records.is_resumed:
-        return Standing(state=State.PENDING, reason="the job is starting", next_command=look_again)
+        return Standing(state=State.PENDING, cause=cause, reason="the job is starting", actions=(status, cancel))
     reason = "" if outcome is None else f"{outcome['cause']}: {outcome['why']}"
     if records.cancel_asked is not None:
         reason = "told to save and end"
-    follow = f"orchestrate logs {name} --follow" if outcome is None else look_again
-    return Standing(state=State.RUNNING, reason=reason, next_command=follow)
+    elif outcome is None and records.last_heard is not None and now - records.last_heard > QUIET_SECONDS:
+        reason = f"{_heard(records, now)}; its ranks may hang"
+    return Standing(
+        state=State.RUNNING, cause=cause, reason=reason, actions=(logs, cancel) if outcome is None else (status, logs)
+    )
+
+
+def _heard(records: RunRecords, now: float) -> str:
+    """Return how long ago the ranks told something."""
+    return "" if records.last_heard is None else f"last heard {format_duration(now - records.last_heard)} ago"
 
 
 def _settled(name: str, outcome: dict[str, Any]) -> Standing:
     """The last attempt decided that nothing follows."""
-    resume = f"orchestrate resume {name}"
+    resume, logs, cause = f"orchestrate resume {name}", f"orchestrate logs {name}", Cause(outcome["cause"])
     if outcome["action"] == Action.FINISH:
         return Standing(
-            state=State.FINISHED, reason=outcome["why"], next_command=f"orchestrate export {name} --output DIR"
+            state=State.FINISHED,
+            cause=cause,
+            reason=outcome["why"],
+            actions=(f"orchestrate export {name} --output DIR", f"{resume} tokens=..."),
         )
-    if outcome["cause"] == Cause.CANCELLED:
-        return Standing(state=State.CANCELLED, reason=outcome["why"], next_command=resume)
-    is_stopped = outcome["cause"] in (Cause.STOPPED, Cause.TIME_LIMIT, Cause.PREEMPTED)
+    if cause == Cause.CANCELLED:
+        return Standing(state=State.CANCELLED, cause=cause, reason=outcome["why"], actions=(resume,))
+    is_stopped = cause in (Cause.STOPPED, Cause.TIME_LIMIT, Cause.PREEMPTED)
     return Standing(
         state=State.STOPPED if is_stopped else State.FAILED,
+        cause=cause,
         reason=f"{outcome['message']}; {outcome['why']}",
-        next_command=resume if is_stopped else f"orchestrate logs {name}",
+        actions=(resume, logs) if is_stopped else (logs, resume),
     )
 
 
 def _gone(name: str, records: RunRecords) -> Standing:
     """There is no job any more, and no attempt decided so."""
     outcome = records.last_outcome
+    cause = Cause(outcome["cause"]) if outcome is not None else None
     resume = f"orchestrate resume {name}"
     if records.cancel_asked is not None:
-        return Standing(state=State.CANCELLED, reason="a person cancelled the run", next_command=resume)
+        return Standing(
+            state=State.CANCELLED, cause=Cause.CANCELLED, reason="a person cancelled the run", actions=(resume,)
+        )
     if not records.submitted:
-        return Standing(state=State.FAILED, reason="it was never submitted", next_command=resume)
+        return Standing(state=State.FAILED, cause=cause, reason="it was never submitted", actions=(resume,))
     if not records.attempts or records.is_resumed:
         return Standing(
             state=State.FAILED,
+            cause=Cause.SUPERVISOR_LOST,
             reason="the job ended before its first attempt",
-            next_command=f"orchestrate logs {name} --supervisor",
+            actions=(f"orchestrate logs {name} --supervisor", resume),
         )
     if outcome is None:
         return Standing(
             state=State.FAILED,
+            cause=Cause.SUPERVISOR_LOST,
             reason=f"{Cause.SUPERVISOR_LOST}: the job ended without a word",
-            next_command=resume,
+            actions=(resume, f"orchestrate logs {name}"),
         )
     is_stopped = outcome["action"] == Action.REQUEUE
     return Standing(
         state=State.STOPPED if is_stopped else State.FAILED,
+        cause=cause,
         reason=f"{outcome['cause']}, and it did not start again",
-        next_command=resume,
+        actions=(resume,),
     )

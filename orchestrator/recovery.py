@@ -46,8 +46,10 @@ _STOPS = {
     Cause.NOT_FINITE: "the loss is not finite; lower the rate or look at the data, then `orchestrate resume`",
     Cause.BAD_DATA: "the data cannot be used; mend it, then `orchestrate resume`",
     Cause.BAD_CONFIG: "the configuration cannot be run; launch it anew with the value mended",
-    Cause.BAD_CHECKPOINT: "the newest checkpoint cannot be loaded; remove it to go on from the one before, "
-    "then `orchestrate resume`",
+    Cause.BAD_CHECKPOINT: "no checkpoint could be loaded, and nothing else is trained in its place",
+    Cause.SUPERSEDED: "another supervisor goes on with the run",
+    Cause.DISK_FULL: "there is no room for a checkpoint; the ones before are whole; free space, then "
+    "`orchestrate resume`",
 }
 _REQUEUED = (Cause.TIME_LIMIT, Cause.PREEMPTED)
 

@@ -1,27 +1,34 @@
 """The only place that knows the file names of a run.
 
     RUNS/NAME/
-      config.yaml  plan.json  provenance.json  mlflow.json  mlflow.lock  cancel.json
+      config.yaml  plan.json  provenance.json  mlflow.json  mlflow.lock  supervisor.lock  cancel.json
       code/                      what the workers import
-      attempts/0001/             job.json  events.jsonl  supervisor.jsonl  stop.json  outcome.json
+      resumes/0001/              provenance.json with what changed; config.yaml, plan.json and code/ where they did
+      submissions/0001.json      every job submitted
+      attempts/0001/             plan.json  job.json  events.jsonl  supervisor.jsonl  stop.json  outcome.json
                                  rendezvous.json  failures/rank_0003.json  logs/rank_0003.log
       checkpoints/step_0000020.attempt_0001/ ... complete.json, written last
 
-Each file has one writer: the launching command, the supervisor, or one rank. Standard library only.
+Each file has one writer: the launching or resuming command, the supervisor, or one rank. Standard library only.
 """
 
 import dataclasses
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import RunError
-from orchestrator.files import read_json, write_json
+from orchestrator.files import create_json, read_json, write_json
 from orchestrator.values import nearest
 
 PLAN = "plan.json"
+CONFIG = "config.yaml"
+PROVENANCE = "provenance.json"
+CODE = "code"
+FILE_MASK = 0o027
+"""Of every process that writes into a run: the owner writes, the group reads, others see nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +46,11 @@ class AttemptDirectory:
     def job(self) -> Path:
         """Scheduler, job id, supervisor's process and nodes; written by the supervisor at the start."""
         return self.path / "job.json"
+
+    @property
+    def plan(self) -> Path:
+        """The plan that this start runs with; written by the supervisor before the ranks start."""
+        return self.path / PLAN
 
     @property
     def events(self) -> Path:
@@ -106,27 +118,62 @@ class RunDirectory:
     @property
     def config(self) -> Path:
         """Resolved settings, for people."""
-        return self.path / "config.yaml"
+        return self.path / CONFIG
+
+    @property
+    def launched_plan(self) -> Path:
+        """The plan that the run was launched with; never written again."""
+        return self.path / PLAN
 
     @property
     def plan(self) -> Path:
-        """The frozen plan with the settings, read by supervisor and workers."""
-        return self.path / PLAN
+        """The plan in force: of the newest resume that changed something, otherwise of the launch."""
+        return next((path / PLAN for path in reversed(self.resumes()) if (path / PLAN).exists()), self.launched_plan)
 
     @property
     def provenance(self) -> Path:
         """Command, code state and package versions of the launch."""
-        return self.path / "provenance.json"
+        return self.path / PROVENANCE
 
     @property
-    def submissions(self) -> Path:
-        """A line for every job submitted: time, scheduler, job id."""
-        return self.path / "submissions.jsonl"
+    def resumes_folder(self) -> Path:
+        """A folder for every resume that a person asked for."""
+        return self.path / "resumes"
+
+    def resumes(self) -> list[Path]:
+        """Return the folders of the resumes, the oldest first."""
+        return sorted(self.resumes_folder.glob("[0-9]*")) if self.resumes_folder.exists() else []
+
+    @property
+    def submissions_folder(self) -> Path:
+        """A file for every job submitted; launch, resume and supervisors of any host may add one."""
+        return self.path / "submissions"
+
+    def submissions(self) -> list[dict[str, Any]]:
+        """Return the record of every job submitted, the oldest first: time, scheduler, job id, by whom."""
+        folder = self.submissions_folder
+        return [read_json(path) for path in sorted(folder.glob("*.json"))] if folder.exists() else []
+
+    def add_submission(self, record: Mapping[str, object]) -> None:
+        """Record a job that was submitted."""
+        self.submissions_folder.mkdir(exist_ok=True)
+        number = len(self.submissions()) + 1
+        while True:
+            try:
+                create_json(self.submissions_folder / f"{number:04d}.json", record)
+                return
+            except FileExistsError:
+                number += 1
 
     @property
     def mlflow(self) -> Path:
         """MLflow's run id and how far its events were shipped; written by the shipper."""
         return self.path / "mlflow.json"
+
+    @property
+    def supervisor_lock(self) -> Path:
+        """Names the supervisor at work; of two on one folder the second leaves."""
+        return self.path / "supervisor.lock"
 
     @property
     def mlflow_lock(self) -> Path:
@@ -135,8 +182,8 @@ class RunDirectory:
 
     @property
     def code(self) -> Path:
-        """Snapshot of the packages that the workers import."""
-        return self.path / "code"
+        """Snapshot of the packages that the workers import: of the newest resume that took one, or of the launch."""
+        return next((path / CODE for path in reversed(self.resumes()) if (path / CODE).exists()), self.path / CODE)
 
     @property
     def cancel_mark(self) -> Path:
@@ -181,11 +228,6 @@ class RunDirectory:
         attempt.failures.mkdir()
         attempt.logs.mkdir()
         return attempt
-
-    def read_plan(self) -> dict[str, Any]:
-        """Return plan.json."""
-        plan: dict[str, Any] = read_json(self.plan)
-        return plan
 
     def checkpoint_path(self, name: str) -> Path:
         """Return the folder of a checkpoint by its name."""

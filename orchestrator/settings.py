@@ -1,28 +1,50 @@
 """The typed schema of a run's configuration, with its defaults. Values only.
 
 Standard library only: the workers read the same types from the run's plan.json. What is composed
-from YAML and overrides is `config.py`'s business.
+from YAML and overrides is `config.py`'s business. Each field's type says what a resume may do to it.
 """
 
 import dataclasses
-from typing import Literal
+from enum import StrEnum
+from typing import Annotated, Literal, TypeVar
 
 from orchestrator.model_shape import TransformerShape
 
 RANDOM_BASE = "random"
+
+T = TypeVar("T")
+
+
+class Rule(StrEnum):
+    """What may happen to a field when a run is resumed."""
+
+    FREE = "free"
+    """Changes nothing that is trained."""
+    RECORDED = "recorded"
+    """May change what follows; allowed, and written down with the resume."""
+    PHASE = "needs a phase"
+    """Which samples come, in which order: from some token on, never in between."""
+    FIXED = "fixed"
+    """Another value is another run."""
+
+
+Free = Annotated[T, Rule.FREE]
+Recorded = Annotated[T, Rule.RECORDED]
+Phase = Annotated[T, Rule.PHASE]
+Fixed = Annotated[T, Rule.FIXED]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """What is trained on."""
 
-    train: tuple[str, ...]
+    train: Phase[tuple[str, ...]]
     """Data set folders, each written by `orchestrate tokenize`."""
-    weights: tuple[float, ...] = ()
+    weights: Phase[tuple[float, ...]] = ()
     """Share of samples from each data set; empty means in proportion to their tokens."""
-    validation: tuple[str, ...] = ()
+    validation: Recorded[tuple[str, ...]] = ()
     """Held-out data set folders; empty means no validation."""
-    sequence_length: int = 4096
+    sequence_length: Fixed[int] = 4096
     """Tokens a sample."""
 
 
@@ -30,23 +52,25 @@ class DataSettings:
 class TrainingSettings:
     """How it is trained."""
 
-    tokens: int
+    tokens: Recorded[int]
     """Tokens to train on, rounded up to whole steps."""
-    learning_rate: float = 3e-5
-    minimum_learning_rate: float = 3e-6
-    warmup_share: float = 0.01
+    learning_rate: Recorded[float] = 3e-5
+    minimum_learning_rate: Recorded[float] = 3e-6
+    warmup_share: Recorded[float] = 0.01
     """Share of the steps over which the rate rises from zero."""
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    gradient_clip: float = 1.0
+    decay: Recorded[Literal["cosine", "linear", "constant"]] = "cosine"
+    weight_decay: Recorded[float] = 0.1
+    adam_beta1: Recorded[float] = 0.9
+    adam_beta2: Recorded[float] = 0.95
+    adam_eps: Recorded[float] = 1e-8
+    gradient_clip: Recorded[float] = 1.0
     """Largest global gradient norm."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    seed: int = 1234
-    validation_interval_steps: int = 500
-    validation_samples: int = 512
+    precision: Recorded[Literal["fp32", "bf16"]] = "bf16"
+    deterministic: Recorded[bool] = False
+    """Deterministic kernels, so that a GPU gives the same bits again; slower there. A CPU gives them anyway."""
+    seed: Fixed[int] = 1234
+    validation_interval_steps: Free[int] = 500
+    validation_samples: Recorded[int] = 512
     """Held-out sequences a validation reads, rounded up to whole passes."""
 
 
@@ -54,48 +78,59 @@ class TrainingSettings:
 class LayoutSettings:
     """The rank grid; data parallelism is what is left of the ranks."""
 
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    virtual_pipeline_parallel: int = 1
+    tensor_parallel: Recorded[int] = 1
+    pipeline_parallel: Recorded[int] = 1
+    virtual_pipeline_parallel: Recorded[int] = 1
     """Model chunks a pipeline rank holds; 1 is the plain schedule."""
-    sequence_parallel: bool = False
-    micro_batch_size: int = 1
-    global_batch_size: int = 1024
+    sequence_parallel: Recorded[bool] = False
+    micro_batch_size: Recorded[int] = 1
+    global_batch_size: Fixed[int] = 1024
     """Sequences a step, over all ranks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """When the state is saved; the end and every interruption save as well."""
+    """When the state is saved, and which checkpoints stay; the end and every interruption save as well.
 
-    interval_steps: int = 500
+    The newest two stay whatever is said here.
+    """
+
+    interval_steps: Recorded[int] = 500
+    keep_last: Free[int] = 3
+    """How many of the newest stay."""
+    keep_every_steps: Free[int] = 0
+    """Those of every so many steps stay for ever; 0 keeps none for that."""
+    keep_best: Free[int] = 1
+    """How many with the lowest held-out loss stay; it is known where a validation falls on the same step."""
+    asynchronous: Free[bool] = True
+    """Whether training goes on while ranks write."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClusterSettings:
     """Where it runs and what an hour costs."""
 
-    name: str
-    scheduler: Literal["local", "slurm"]
-    device: Literal["cpu", "cuda"]
-    nodes: int = 1
-    ranks_per_node: int = 8
+    name: Recorded[str]
+    scheduler: Recorded[Literal["local", "slurm"]]
+    device: Recorded[Literal["cpu", "cuda"]]
+    nodes: Recorded[int] = 1
+    ranks_per_node: Recorded[int] = 8
     """One rank a GPU."""
-    gpu: str = ""
-    gpu_memory_gb: float | None = None
+    gpu: Recorded[str] = ""
+    gpu_memory_gb: Free[float | None] = None
     """Decimal gigabytes of one device."""
-    peak_tflops: float | None = None
+    peak_tflops: Free[float | None] = None
     """Dense bf16 peak of one device; where missing, workers measure a matrix product at the start."""
-    partition: str | None = None
-    account: str | None = None
-    time_limit: str = "24:00:00"
+    partition: Free[str | None] = None
+    account: Free[str | None] = None
+    time_limit: Free[str] = "24:00:00"
     """Of one job, as Slurm writes it: [days-]hours:minutes:seconds."""
-    warning_seconds: int = 300
+    warning_seconds: Free[int] = 300
     """How long before the time limit the run is told to save and leave."""
-    price_per_gpu_hour: float | None = None
-    worker_python: str | None = None
+    price_per_gpu_hour: Free[float | None] = None
+    worker_python: Recorded[str | None] = None
     """Interpreter of the workers; empty means the one that launched."""
-    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    environment: Recorded[dict[str, str]] = dataclasses.field(default_factory=dict)
     """Variables set for the workers."""
 
 
@@ -103,27 +138,27 @@ class ClusterSettings:
 class TrackingSettings:
     """The MLflow store."""
 
-    uri: str = ""
+    uri: Free[str] = ""
     """Empty means a SQLite file beside the runs."""
-    experiment: str = "orchestrate"
+    experiment: Free[str] = "orchestrate"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PathSettings:
     """Where things live; ~ is the home directory."""
 
-    runs: str = "~/orchestrate/runs"
+    runs: Fixed[str] = "~/orchestrate/runs"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """All that a recipe says."""
 
-    name: str
+    name: Fixed[str]
     """Of the run and of its folder."""
-    base: str
+    base: Fixed[str]
     """Hugging Face folder to start from, or `random` for new weights."""
-    model: TransformerShape
+    model: Fixed[TransformerShape]
     data: DataSettings
     training: TrainingSettings
     layout: LayoutSettings = LayoutSettings()
@@ -131,5 +166,5 @@ class RunSettings:
     cluster: ClusterSettings
     tracking: TrackingSettings = TrackingSettings()
     paths: PathSettings = PathSettings()
-    max_restarts_without_progress: int = 2
+    max_restarts_without_progress: Free[int] = 2
     """Attempts in a row that saved nothing new after which the run stops."""

@@ -22,8 +22,8 @@ from typing import Any
 from orchestrator.errors import OrchestrateError, TrackingError
 from orchestrator.events import (
     CheckpointEvent,
-    CheckpointWrittenEvent,
     Event,
+    SaveEvent,
     StepEvent,
     ValidationEvent,
     read_events,
@@ -101,7 +101,7 @@ class Shipment:
         self._uri = uri
         self._mlflow = mlflow
         self._client = mlflow.MlflowClient(uri)
-        self._plan = run.read_plan()
+        self._plan = read_json(run.launched_plan)
         self._batch: list[Any] = []
         self._events = self._metrics = self._checkpoints = 0
 
@@ -354,8 +354,8 @@ def _values_of(event: Event) -> dict[str, float]:
         return {name: value_of(event) for name, value_of in STEP_METRICS.items()}
     if isinstance(event, ValidationEvent):
         return {VALIDATION_LOSS: event.loss}
-    if isinstance(event, CheckpointWrittenEvent):
-        return {CHECKPOINT_STALL: event.seconds}
+    if isinstance(event, SaveEvent):
+        return {CHECKPOINT_STALL: event.stall_seconds}
     return {}
 
 

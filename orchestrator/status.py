@@ -1,14 +1,24 @@
 """Read where a run stands from its folder and the scheduler; MLflow is not asked."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoints import complete_checkpoints
-from orchestrator.events import EndEvent, Event, StartEvent, StepEvent, ValidationEvent, read_events
+from orchestrator.events import (
+    DamageEvent,
+    EndEvent,
+    Event,
+    RepeatEvent,
+    StartEvent,
+    StepEvent,
+    ValidationEvent,
+    read_events,
+)
 from orchestrator.exit_codes import Cause
-from orchestrator.files import read_json, read_json_lines
+from orchestrator.files import read_json
 from orchestrator.plan import read_plan
 from orchestrator.reconcile import ENDED, JobAnswer, RunRecords, State, reconcile
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
@@ -38,8 +48,12 @@ class RunStatus:
     name: str
     path: Path
     state: State
+    cause: str
+    """Of the newest attempt's end, where one has ended."""
     reason: str
     next_command: str
+    warnings: tuple[str, ...]
+    """What happened that a person should look at: damaged checkpoints, losses that a repetition did not give again."""
     step: int
     total_steps: int
     attempts: int
@@ -67,25 +81,27 @@ def read_status(run: RunDirectory) -> RunStatus:
     if not records.is_settled:
         job = ask(run)
         records = read_records(run)  # once more: an attempt that ended while we asked has an outcome now
-    standing = reconcile(run.name, records, job)
+    standing = reconcile(run.name, records, job, time.time())
     attempts = [run.attempt(record["number"]) for record in records.attempts]
     told = [[event for _, event in read_events(attempt.events)] for attempt in attempts]
     events = [event for of_attempt in told for event in of_attempt]
     steps = [event for event in events if isinstance(event, StepEvent)]
     held_out = [event.loss for event in events if isinstance(event, ValidationEvent)]
+    checkpoints = complete_checkpoints(run)
     known = [e.step for e in events if isinstance(e, StartEvent | StepEvent | EndEvent)]
-    step = known[-1] if known else 0
+    step = known[-1] if known else checkpoints[-1].step if checkpoints else 0  # of a branch before its first attempt
     last = steps[-1] if steps else None
     recent = [event.step_seconds for event in steps[-20:]]
     goes_on = standing.state == State.RUNNING and records.cancel_asked is None
     left = (plan.total_steps - step) * sum(recent) / len(recent) if recent and goes_on else None
-    checkpoints = complete_checkpoints(run)
     return RunStatus(
         name=run.name,
         path=run.path,
         state=standing.state,
+        cause=str(standing.cause or ""),
         reason=standing.reason,
-        next_command=standing.next_command,
+        next_command=standing.actions[0],
+        warnings=tuple(warning for event in events if (warning := _warning(event))),
         step=step,
         total_steps=plan.total_steps,
         attempts=len(attempts),
@@ -111,10 +127,31 @@ def read_status(run: RunDirectory) -> RunStatus:
 def read_records(run: RunDirectory) -> RunRecords:
     """Return what a run's folder says."""
     return RunRecords(
-        submitted=[float(record["time"]) for _, record in read_json_lines(run.submissions)],
+        submitted=[float(record["time"]) for record in run.submissions()],
         attempts=[{"number": attempt.number, "outcome": attempt.read_outcome()} for attempt in run.attempts()],
         cancel_asked=float(read_json(run.cancel_mark)["time"]) if run.cancel_mark.exists() else None,
+        last_heard=_last_heard(run),
     )
+
+
+def _last_heard(run: RunDirectory) -> float | None:
+    """Return when the newest attempt's ranks appended to their events, by the file's own time."""
+    attempts = run.attempts()
+    return attempts[-1].events.stat().st_mtime if attempts and attempts[-1].events.exists() else None
+
+
+def _warning(event: Event) -> str:
+    """Return what of an event a person should look at, or nothing."""
+    if isinstance(event, DamageEvent):
+        return f"checkpoint {event.name} is damaged: {event.problems[0]}" + (
+            f" and {len(event.problems) - 1} more" if len(event.problems) > 1 else ""
+        )
+    if isinstance(event, RepeatEvent) and event.is_beyond_noise:
+        return (
+            f"step {event.step}, done again, has loss {event.loss:.6f}, recorded was {event.recorded_loss:.6f}: "
+            f"{event.relative_difference:.1e} apart, noise is {event.noise:.0e}: hardware or nondeterminism"
+        )
+    return ""
 
 
 def _attempt_status(

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
+from orchestrator.files import read_json
 from orchestrator.run_directory import RunDirectory
 
 REQUEST_SECONDS = 10
@@ -19,7 +20,7 @@ QUIET_ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL":
 
 def store_of(run: RunDirectory) -> str:
     """Return the address of a run's tracking store."""
-    settings = run.read_plan().get("settings", {})
+    settings = read_json(run.plan).get("settings", {})
     return settings.get("tracking", {}).get("uri") or default_store(Path(settings["paths"]["runs"]))
 
 

@@ -8,6 +8,7 @@ Standard library only, since the workers read their plan with it.
 import dataclasses
 import difflib
 import enum
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -55,7 +56,7 @@ def unknown_key(where: str, kind: type, path: str = "") -> str:
         kind: the dataclass that should hold it, which lies under `path`.
     """
     prefix = f"{path}." if path else ""
-    known = [prefix + key for key in _keys(kind)]
+    known = [prefix + key for key in keys_of(kind)]
     last = where.rpartition(".")[2]
     same_name = [key for key in known if key.rpartition(".")[2] == last]
     if len(same_name) == 1:
@@ -66,21 +67,25 @@ def unknown_key(where: str, kind: type, path: str = "") -> str:
         return f"unknown key {where}; {nearest(where, known)}"
     leaves = {key.rpartition(".")[2]: key for key in siblings}
     close = difflib.get_close_matches(last, leaves, n=1, cutoff=0.6)
+    if not close and not section:  # a field's own name, misspelt
+        leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
+        close = difflib.get_close_matches(last, leaves, n=1, cutoff=0.8)
     return f"unknown key {where}; " + (
         f"did you mean {leaves[close[0]]}?" if close else f"known are {', '.join(siblings)}"
     )
 
 
-def _keys(kind: type) -> list[str]:
+def keys_of(kind: type) -> list[str]:
     """Return every key of a dataclass and of those in it, as `section.field`."""
     found = []
     for name, inner in field_types(kind).items():
         found.append(name)
         if dataclasses.is_dataclass(inner):
-            found += [f"{name}.{key}" for key in _keys(typing.cast(type, inner))]
+            found += [f"{name}.{key}" for key in keys_of(typing.cast(type, inner))]
     return found
 
 
+@functools.cache
 def field_types(kind: type) -> dict[str, Any]:
     """Return the resolved type of each field of a dataclass."""
     hints = typing.get_type_hints(kind)

@@ -11,11 +11,17 @@ import time
 from pathlib import Path
 
 from orchestrator.errors import OrchestrateError
-from orchestrator.plan import TrainingPlan
+from orchestrator.plan import TrainingPlan, write_plan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.slurm.submission import code_environment
 
 PRELOAD_SECONDS = 180
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # torch asks for it
+    "NCCL_ALGO": "Ring",  # sums in one order; megatron-core's deterministic mode asks for it
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # Transformer Engine's attention
+}
+"""For training.deterministic; never seen on a GPU."""
 
 
 class Preload:
@@ -90,7 +96,8 @@ class Ranks:
 
 
 def start_ranks(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, preload: Preload | None) -> Ranks:
-    """Start every rank of an attempt, its output in a log of its own."""
+    """Start every rank of an attempt with this plan, its output in a log of its own."""
+    write_plan(attempt.plan, plan)
     if plan.settings.cluster.scheduler == "slurm":
         return Ranks({0: _start_srun(run, attempt, plan)})
     worker = [str(run.path), str(attempt.number)]
@@ -123,6 +130,8 @@ def rank_environment(run: RunDirectory, plan: TrainingPlan) -> dict[str, str]:
     """Return the workers' environment: the snapshot's code and the cluster's own variables."""
     cluster = plan.settings.cluster
     environment = {**code_environment(run), **cluster.environment}
+    if plan.settings.training.deterministic:
+        environment |= DETERMINISTIC
     if cluster.device == "cpu":
         environment["OMP_NUM_THREADS"] = "1"  # a process that forks must have no threads
     if cluster.scheduler == "local":

@@ -9,7 +9,6 @@ import subprocess
 import psutil
 
 from orchestrator.errors import SchedulerError
-from orchestrator.files import read_json_lines
 from orchestrator.processes import living_process
 from orchestrator.reconcile import JobAnswer
 from orchestrator.run_directory import RunDirectory
@@ -21,7 +20,7 @@ _SLURM_RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED")
 
 def ask(run: RunDirectory) -> JobAnswer:
     """Return what the scheduler says of a run's newest job."""
-    submissions = [record for _, record in read_json_lines(run.submissions)]
+    submissions = run.submissions()
     if not submissions:
         return JobAnswer.GONE
     newest = submissions[-1]
@@ -37,7 +36,7 @@ def local_process(run: RunDirectory) -> psutil.Process | None:
     attempts = run.attempts()
     job = attempts[-1].read_job() if attempts else None
     candidates = [(job["process"], job["process_created"])] if job else []
-    submissions = [record for _, record in read_json_lines(run.submissions)]
+    submissions = run.submissions()
     candidates += [(int(submissions[-1]["job_id"]), submissions[-1]["process_created"])] if submissions else []
     living = (living_process(number, created) for number, created in candidates)
     return next((process for process in living if process is not None), None)
@@ -49,7 +48,7 @@ def tell_to_end(run: RunDirectory) -> None:
     Raises:
         SchedulerError: Slurm refused or did not answer.
     """
-    submissions = [record for _, record in read_json_lines(run.submissions)]
+    submissions = run.submissions()
     if submissions and submissions[-1]["scheduler"] == "slurm":
         _run(["scancel", str(submissions[-1]["job_id"])])
         return

@@ -20,7 +20,6 @@ import psutil
 
 from orchestrator.checks import time_limit_seconds
 from orchestrator.errors import SchedulerError
-from orchestrator.files import JsonLines
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.run_directory import RunDirectory
 
@@ -66,9 +65,7 @@ def submit(run: RunDirectory, *, by: Literal["person", "supervisor"]) -> str:
     if result.returncode:
         raise SchedulerError(f"the job of run {run.name} could not be submitted:\n{result.stderr.strip()[-2000:]}")
     record = {**json.loads(result.stdout.splitlines()[-1]), "by": by}
-    lines = JsonLines(run.submissions)
-    lines.append(record)
-    lines.close()
+    run.add_submission(record)
     return str(record["job_id"])
 
 

@@ -22,24 +22,23 @@ from typing import Any
 import psutil
 
 from orchestrator import exit_codes
-from orchestrator.checkpoints import complete_checkpoints, mark_complete
-from orchestrator.events import (
-    CheckpointEvent,
-    CheckpointWrittenEvent,
-    StartEvent,
-    StepEvent,
-    event_record,
-    read_events,
-)
+from orchestrator.checkpoint_keeper import CheckpointKeeper
+from orchestrator.checkpoints import complete_checkpoints
+from orchestrator.errors import RunError
+from orchestrator.events import CheckpointEvent, StartEvent, StepEvent, read_events
 from orchestrator.exit_codes import CAUSE_OF_CODE, Cause
-from orchestrator.files import JsonLines, read_json, read_json_lines, write_json
+from orchestrator.files import JsonLines, is_full, read_json, write_json
+from orchestrator.owner_lock import OwnedLock, acquire
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.recovery import Action, Decision, Ending, decide
-from orchestrator.run_directory import AttemptDirectory, RunDirectory
+from orchestrator.run_directory import FILE_MASK, AttemptDirectory, RunDirectory
 from orchestrator.slurm.ranks import Preload, Ranks, start_ranks
 from orchestrator.slurm.submission import code_environment, submit
 
 POLL_SECONDS = 0.05
+LOCK_RENEWAL_SECONDS = 5.0
+LOCK_STALE_SECONDS = 60.0
+"""Age at which the lock of a supervisor on another host is taken over; its owner renews it much more often."""
 PEER_GRACE_SECONDS = 5.0
 """How long ranks have to end by themselves after the first one failed, so that each can say why."""
 SHIPPER_SECONDS = 120.0
@@ -61,8 +60,10 @@ class Watched:
 class Supervisor:
     """Keeps one run alive in one allocation."""
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, lock: OwnedLock) -> None:
         self._run = run
+        self._lock = lock
+        self._renewed = time.monotonic()
         self._plan: TrainingPlan = read_plan(run.plan)
         self._reason = ""
         self._deadline: float | None = None
@@ -100,16 +101,19 @@ class Supervisor:
         write_json(attempt.job, self._job_record(started))
         log.info("attempt %d starts %d ranks", attempt.number, self._plan.layout.world_size)
         notes = JsonLines(attempt.supervisor_events)
+        keeper = CheckpointKeeper(self._run, attempt, self._plan, notes, self._lock.is_mine)
         shipper = self._start_shipper(attempt)
-        watched = self._watch(attempt, notes)
+        watched = self._watch(attempt, keeper)
+        if watched.cause == Cause.DISK_FULL:
+            keeper.discard_unfinished()  # the outcome needs room
         steps = [event.step for _, event in read_events(attempt.events) if isinstance(event, StartEvent | StepEvent)]
-        ending = Ending(cause=watched.cause, saved_step=self._saved_step(attempt.number))
+        ending = Ending(cause=watched.cause, saved_step=newest_step(self._run))
         history = self._history(attempt)
         decision = decide(
             [ending for _, ending in history],
             ending,
             self._plan.settings.max_restarts_without_progress,
-            started_from=self._saved_step((history[0][0] if history else attempt.number) - 1),
+            started_from=saved_step(self._run, (history[0][0] if history else attempt.number) - 1),
         )
         notes.close()
         write_json(
@@ -135,29 +139,32 @@ class Supervisor:
         self._end_shipper(shipper)
         return decision
 
-    def _watch(self, attempt: AttemptDirectory, notes: JsonLines) -> Watched:
+    def _watch(self, attempt: AttemptDirectory, keeper: CheckpointKeeper) -> Watched:
         """Start the ranks, follow them to their end, and say what ended them."""
         ranks: Ranks | None = None
         try:
             ranks = self._start(attempt)
-            return self._follow(attempt, ranks, notes)
+            return self._follow(attempt, ranks, keeper)
         except Exception as error:
             log.exception("the supervisor failed")
             if ranks is not None:
                 ranks.kill()
+            cause = Cause.DISK_FULL if is_full(error) else Cause.EXCEPTION
+            if not self._lock.is_mine():
+                cause = Cause.SUPERSEDED
             message = f"the supervisor failed: {type(error).__name__}: {error}"
-            return Watched(cause=Cause.EXCEPTION, message=message, rank=None, host=None, exit_codes={})
+            return Watched(cause=cause, message=message, rank=None, host=None, exit_codes={})
 
-    def _follow(self, attempt: AttemptDirectory, ranks: Ranks, notes: JsonLines) -> Watched:
+    def _follow(self, attempt: AttemptDirectory, ranks: Ranks, keeper: CheckpointKeeper) -> Watched:
         """Mark checkpoints, pass stop requests on, and end what a failed rank has left behind."""
-        offset = 0
         first_failure: tuple[float, dict[int, int]] | None = None
         codes: dict[int, int] = {}
         asked = False
         while len(codes) < ranks.count:
             time.sleep(POLL_SECONDS)
             codes = ranks.ended()
-            offset = mark_written(self._run, attempt, offset, notes)
+            keeper.look()
+            self._renew_lock()
             if self._reason and not asked:
                 write_json(attempt.stop_request, {"reason": self._reason, "time": time.time()})
                 asked = True
@@ -167,8 +174,21 @@ class Supervisor:
             late = first_failure is not None and time.monotonic() - first_failure[0] > PEER_GRACE_SECONDS
             if late or (self._deadline is not None and time.monotonic() > self._deadline):
                 ranks.kill()
-        mark_written(self._run, attempt, offset, notes)
+        keeper.look()
         return explain(attempt, codes if first_failure is None else first_failure[1], codes, self._reason)
+
+    def _renew_lock(self) -> None:
+        """Show other hosts that this supervisor lives.
+
+        Raises:
+            RunError: another one has taken the run over.
+        """
+        if time.monotonic() - self._renewed < LOCK_RENEWAL_SECONDS:
+            return
+        self._renewed = time.monotonic()
+        if not self._lock.is_mine():
+            raise RunError(f"run {self._run.name} has another supervisor by now")
+        self._lock.renew()
 
     def _start(self, attempt: AttemptDirectory) -> Ranks:
         cluster = self._plan.settings.cluster
@@ -179,7 +199,7 @@ class Supervisor:
         return start_ranks(self._run, attempt, self._plan, self._preload)
 
     def _job_record(self, started: float) -> dict[str, Any]:
-        submissions = self._submissions()
+        submissions = self._run.submissions()
         return {
             "scheduler": self._plan.settings.cluster.scheduler,
             "job_id": os.environ.get("SLURM_JOB_ID")
@@ -192,19 +212,12 @@ class Supervisor:
             "started": started,
         }
 
-    def _submissions(self) -> list[dict[str, Any]]:
-        return [record for _, record in read_json_lines(self._run.submissions)]
-
-    def _saved_step(self, attempt: int) -> int:
-        """Return the step of the newest checkpoint that an attempt or one before it wrote."""
-        return max((c.step for c in complete_checkpoints(self._run) if c.attempt <= attempt), default=0)
-
     def _history(self, current: AttemptDirectory) -> list[tuple[int, Ending]]:
         """Return number and ending of the attempts since a person last started the run.
 
         An attempt whose supervisor was lost has no outcome, and counts as one that ended so.
         """
-        by_a_person = [float(record["time"]) for record in self._submissions() if record["by"] == "person"]
+        by_a_person = [float(record["time"]) for record in self._run.submissions() if record["by"] == "person"]
         endings = []
         for attempt in self._run.attempts():
             job = attempt.read_job()
@@ -212,7 +225,7 @@ class Supervisor:
                 continue
             outcome = attempt.read_outcome()
             cause = Cause(outcome["cause"]) if outcome is not None else Cause.SUPERVISOR_LOST
-            endings.append((attempt.number, Ending(cause=cause, saved_step=self._saved_step(attempt.number))))
+            endings.append((attempt.number, Ending(cause=cause, saved_step=saved_step(self._run, attempt.number))))
         return endings
 
     def _start_shipper(self, attempt: AttemptDirectory) -> "subprocess.Popen[bytes]":
@@ -250,31 +263,22 @@ class Supervisor:
         signal.pause()  # Slurm's TERM follows at once
 
 
-def mark_written(run: RunDirectory, attempt: AttemptDirectory, offset: int, notes: JsonLines) -> int:
-    """Mark the checkpoints that the ranks have told of since `offset`, and return how far was read."""
-    for after, event in read_events(attempt.events, offset):
-        offset = after
-        if isinstance(event, CheckpointWrittenEvent):
-            checkpoint = mark_complete(
-                run.checkpoint_path(event.name),
-                step=event.step,
-                attempt=attempt.number,
-                consumed_samples=event.consumed_samples,
-                data_fingerprint=event.data_fingerprint,
-                files=event.files,
-            )
-            notes.append(
-                event_record(
-                    CheckpointEvent(
-                        time=time.time(),
-                        step=event.step,
-                        name=event.name,
-                        bytes=checkpoint.size_bytes,
-                        seconds=event.seconds,
-                    )
-                )
-            )
-    return offset
+def newest_step(run: RunDirectory) -> int:
+    """Return the step of a run's newest complete checkpoint, or 0."""
+    found = complete_checkpoints(run)
+    return found[-1].step if found else 0
+
+
+def saved_step(run: RunDirectory, number: int) -> int:
+    """Return the step that a run had saved when an attempt ended, also where the checkpoint is deleted by now."""
+    attempt = run.attempt(number)
+    outcome = attempt.read_outcome()
+    if outcome is not None:
+        return int(outcome["saved_step"])
+    saved = [event.step for _, event in read_events(attempt.supervisor_events) if isinstance(event, CheckpointEvent)]
+    if saved or number < 1:
+        return max(saved, default=0)
+    return saved_step(run, number - 1)
 
 
 def in_one_line(text: str) -> str:
@@ -320,11 +324,44 @@ def main(path: str) -> int:
     """Supervise a run; the exit code is that of the job."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)sZ supervisor %(levelname)s %(message)s", force=True)
     logging.Formatter.converter = time.gmtime
+    os.umask(FILE_MASK)
+    run = RunDirectory(Path(path))
     try:
-        return Supervisor(RunDirectory(Path(path))).main()
+        lock = take_run(run)
+        try:
+            return Supervisor(run, lock).main()
+        finally:
+            lock.release()
+    except RunError as error:
+        log.error("%s", error)
+        return 1
     except Exception:
         log.exception("the supervisor failed")
         return 1
+
+
+def take_run(run: RunDirectory) -> OwnedLock:
+    """Become a run's only supervisor.
+
+    One of another host that has stopped renewing its lock is waited for. A requeued job takes the run
+    from its own former start at once: Slurm has given that one up, and it may live on a lost node.
+
+    Raises:
+        RunError: it has a living supervisor.
+    """
+    attempts = run.attempts()
+    before = attempts[-1].read_job() if attempts else None
+    job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if job is not None and before is not None and before["job_id"] == job and before["restart_count"] < restarts:
+        run.supervisor_lock.unlink(missing_ok=True)
+    deadline = time.monotonic() + LOCK_STALE_SECONDS + LOCK_RENEWAL_SECONDS
+    while True:
+        lock = acquire(run.supervisor_lock, "supervisor", stale_seconds=LOCK_STALE_SECONDS)
+        if isinstance(lock, OwnedLock):
+            return lock
+        if lock.endswith(f" on {socket.gethostname()}") or time.monotonic() > deadline:
+            raise RunError(f"run {run.name} has a supervisor, {lock}; this one leaves")
+        time.sleep(1.0)
 
 
 if __name__ == "__main__":

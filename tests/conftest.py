@@ -3,19 +3,21 @@
 import contextlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import mistral_common
 import pytest
 
+from orchestrator.checkpoint_keeper import CheckpointKeeper
 from orchestrator.config import compose
 from orchestrator.events import Event, StepEvent, ValidationEvent, read_events
 from orchestrator.files import JsonLines
-from orchestrator.plan import TrainingPlan, make_plan, write_plan
+from orchestrator.launch import launch
+from orchestrator.plan import TrainingPlan, make_plan, read_plan, write_plan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory, create_run
 from orchestrator.slurm.ranks import Preload, Ranks, start_ranks
-from orchestrator.slurm.supervisor import mark_written
+from orchestrator.slurm.scheduler import local_process
 from orchestrator.tokenize.stage import tokenize_corpus
 
 REPOSITORY = Path(__file__).parent.parent
@@ -88,7 +90,7 @@ class Trainer:
         run = create_run(self._folder, settings.name)
         run.code.symlink_to(REPOSITORY)
         plan = make_plan(settings)
-        write_plan(run.plan, plan)
+        write_plan(run.launched_plan, plan)
         return run, plan
 
     def start(self, run: RunDirectory, plan: TrainingPlan) -> tuple[AttemptDirectory, Ranks]:
@@ -102,10 +104,14 @@ class Trainer:
     def wait(self, run: RunDirectory, attempt: AttemptDirectory, ranks: Ranks) -> list[int]:
         """Wait for the ranks, mark their checkpoints, and return their exit codes."""
         codes = [process.wait(timeout=120) for process in ranks._processes.values()]
-        notes = JsonLines(attempt.supervisor_events)
-        mark_written(run, attempt, 0, notes)
-        notes.close()
+        self.keep(run, attempt)
         return codes
+
+    def keep(self, run: RunDirectory, attempt: AttemptDirectory) -> None:
+        """Mark what the ranks have put on disk, as the supervisor does."""
+        notes = JsonLines(attempt.supervisor_events)
+        CheckpointKeeper(run, attempt, read_plan(attempt.plan), notes).look()
+        notes.close()
 
     def train(self, run: RunDirectory, plan: TrainingPlan) -> AttemptDirectory:
         """Run one attempt to its good end."""
@@ -146,6 +152,37 @@ def validation_losses(attempt: AttemptDirectory) -> list[float]:
 def relative_difference(left: Sequence[float], right: Sequence[float]) -> float:
     """Return the largest relative difference between two curves of the same length."""
     return max(abs(a - b) / abs(b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.fixture
+def start(tmp_path: Path, corpus: Path) -> Iterator[Callable[..., RunDirectory]]:
+    """Launch runs, and end what a failing test has left."""
+    made: list[RunDirectory] = []
+
+    def start(*overrides: str, steps: int = 12, recipe: str = "demo-base") -> RunDirectory:
+        settings = compose(
+            recipe,
+            [
+                *SMALL,
+                f"data.train={corpus / 'train'}",
+                f"data.validation={corpus / 'validation'}",
+                f"paths.runs={tmp_path / 'runs'}",
+                f"name=run-{len(made)}",
+                f"training.tokens={steps * 4 * 32}",
+                *overrides,
+            ],
+        )
+        run = launch(make_plan(settings), "a test")
+        made.append(run)
+        return run
+
+    yield start
+    for run in made:
+        process = local_process(run)
+        if process is not None:
+            for child in process.children(recursive=True):
+                child.kill()
+            process.kill()
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ import torch
 import torch.distributed
 
 from megatron_solar.cpu import PATCHES, cuda_calls_on_cpu
-from orchestrator.checkpoints import Checkpoint
+from orchestrator.checkpoints import mark_complete, read_checkpoint, read_parts
 from orchestrator.config import compose
 from orchestrator.plan import make_plan
+from tests.checkpoint_records import facts
 
 SMALL = (
     "model.num_layers=2",
@@ -59,11 +60,18 @@ def train(folder: Path, rank: int, without: str) -> None:
         replica.optimizer.step()
         if len(torch.cuda._queued_calls) > queued + 4:  # the few of torch's own start are fine
             raise MemoryError(f"{len(torch.cuda._queued_calls) - queued} calls wait for CUDA after one step")
-        written = checkpoint.save(folder / "saved", replica.chunks, replica.optimizer, 1)
-        saved = Checkpoint(
-            path=folder / "saved", step=1, attempt=1, consumed_samples=2, data_fingerprint="", files=written.files
-        )
-        checkpoint.load(saved, replica.chunks, replica.optimizer)
+        writer = checkpoint.CheckpointWriter(rank)
+        writer.save(folder / "saved", replica.pieces)
+        writer.wait()
+        torch.distributed.barrier()
+        parts = read_parts(folder / "saved", 2)
+        if parts is None:
+            raise FileNotFoundError("a rank's record is missing after its save")
+        if rank == 0:
+            mark_complete(folder / "saved", facts(1, model=plan.settings.model), parts)
+        torch.distributed.barrier()
+        checkpoint.load_newest([read_checkpoint(folder / "saved")], replica.pieces, lambda *_: None)
+        compat.publish_weights(replica.chunks, replica.optimizer, 1)
 
 
 def try_without(folder: Path, without: str) -> str:

@@ -17,12 +17,12 @@ import torch
 
 from megatron_solar.model_folder import expected_tensors
 from megatron_solar.model_writer import write_model_folder
-from orchestrator.checkpoints import checkpoint_name, mark_complete
 from orchestrator.config import compose, to_yaml
 from orchestrator.events import StepEvent, event_record
 from orchestrator.files import JsonLines, write_atomic, write_json
 from orchestrator.plan import make_plan, write_plan
 from orchestrator.run_directory import RunDirectory, create_run
+from tests.checkpoint_records import write_checkpoint
 from tests.conftest import REPOSITORY, SMALL
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -82,12 +82,10 @@ def make_run(runs: Path, name: str = "a-run", *overrides: str, ended: str | None
     settings = compose("demo-base", [*SMALL, "training.tokens=1280", f"name={name}", f"paths.runs={runs}", *overrides])
     run = create_run(runs, name)
     write_atomic(run.config, to_yaml(settings))
-    write_plan(run.plan, make_plan(settings))
-    lines = JsonLines(run.submissions)
+    write_plan(run.launched_plan, make_plan(settings))
     scheduler = settings.cluster.scheduler
     # Process 1 was not created then, so that this is a job that is gone.
-    lines.append(submission(scheduler=scheduler, time=time.time() - 60, job_id="1", process_created=1.0))
-    lines.close()
+    run.add_submission(submission(scheduler=scheduler, time=time.time() - 60, job_id="1", process_created=1.0))
     if ended is not None:
         attempt = run.new_attempt()
         cause = {"finish": "finished", "stop": "exception", "requeue": "time_limit"}[ended]
@@ -223,7 +221,7 @@ def test_gpu_hours_are_not_spent_without_a_yes(orchestrate: Command, runs: Path,
             "--yes",
             "nothing was started",
         )
-    make_run(runs, "a-run", "cluster.device=cuda", ended="stop")
+    make_run(runs, "a-run", "cluster.device=cuda", *data, ended="stop")
     refused(orchestrate("resume", "a-run"), 1, "--yes", "nothing was started")
 
 
@@ -267,18 +265,14 @@ def test_a_living_run_is_not_resumed(orchestrate: Command, runs: Path) -> None:
 
     run = make_run(runs)
     own = psutil.Process()  # a job that lives: this very process
-    lines = JsonLines(run.submissions)
-    lines.append(submission(job_id=str(own.pid), process_created=own.create_time()))
-    lines.close()
+    run.add_submission(submission(job_id=str(own.pid), process_created=own.create_time()))
     refused(orchestrate("resume"), 1, "run a-run is PENDING", "cancel it first")
     assert json.loads(orchestrate("status", "--json", "a-run").stdout)["state"] == "PENDING"
 
 
 def test_a_local_run_of_another_host_is_unknown_here_and_cannot_be_cancelled(orchestrate: Command, runs: Path) -> None:
     run = make_run(runs)
-    lines = JsonLines(run.submissions)
-    lines.append(submission(job_id="1", process_created=1.0, host="elsewhere"))
-    lines.close()
+    run.add_submission(submission(job_id="1", process_created=1.0, host="elsewhere"))
     assert json.loads(orchestrate("status", "--json", "a-run").stdout)["state"] == "UNKNOWN"
     refused(orchestrate("cancel"), 3, "runs on elsewhere; cancel it there")
 
@@ -295,12 +289,9 @@ def test_a_run_without_a_checkpoint_is_not_exported(orchestrate: Command, runs: 
 
 def test_a_damaged_checkpoint_is_not_exported(orchestrate: Command, runs: Path, work: Path) -> None:
     run = make_run(runs, ended="stop")
-    path = run.checkpoint_path(checkpoint_name(4, 1))
-    path.mkdir()
-    (path / "a.distcp").write_bytes(b"abc")
-    files = {"a.distcp": {"bytes": 3, "sha256": "0" * 64}}
-    mark_complete(path, step=4, attempt=1, consumed_samples=16, data_fingerprint="f", files=files)
-    refused(orchestrate("export", "--output", "out"), 1, "a.distcp")
+    checkpoint = write_checkpoint(run, 4)
+    (checkpoint.path / "rank_0001.safetensors").write_bytes(b"short")
+    refused(orchestrate("export", "--output", "out"), 1, "rank_0001.safetensors should have")
     assert list(work.iterdir()) == []
 
 

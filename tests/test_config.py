@@ -128,6 +128,11 @@ def test_an_override_becomes_the_value_of_its_type(override: str, section: str, 
     assert type(found) is type(value)
 
 
+def test_a_fields_own_name_is_enough_where_no_other_section_has_it() -> None:
+    settings = compose("demo-base", ["tokens=1000000", "learning_rate=1e-3", "name=mine"])
+    assert (settings.training.tokens, settings.training.learning_rate, settings.name) == (1_000_000, 1e-3, "mine")
+
+
 def test_a_name_that_yaml_takes_for_false_stays_text() -> None:
     assert compose("demo", ["name=no"]).name == "no"
 
@@ -147,7 +152,7 @@ def test_lists_and_the_home_folder_in_paths(home: Path, work: Path) -> None:
     [
         ("trainig.tokens=5", "did you mean training.tokens?"),
         ("training.tokenz=5", "did you mean training.tokens?"),
-        ("tokens=5", "did you mean training.tokens?"),
+        ("tokenz=5", "did you mean training.tokens?"),
         ("modle.num_layers=5", "did you mean model.num_layers?"),
         ("nmae=x", "did you mean name?"),
         ("layout.tp=2", "known are layout.tensor_parallel, "),

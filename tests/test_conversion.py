@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 import transformers
 
-from megatron_solar.export import CheckpointTensors, export
+from megatron_solar.checkpoint_files import KINDS, open_verified, tensor_name
+from megatron_solar.export import export
 from megatron_solar.model_folder import ModelFolder, expected_tensors
 from megatron_solar.upscale import upscale
 from megatron_solar.weights import canonical_keys
@@ -81,7 +83,7 @@ def test_hugging_face_to_megatron_and_back_keeps_every_bit_and_the_logits(
     trainer: Trainer, tmp_path: Path, tokenizer: Path, name: str
 ) -> None:
     base = make_base(tmp_path / "base", tokenizer, **SHAPES[name])
-    parallel = TP2_PP2 if name == "grouped" else () if name == "multi-query" else TP2
+    parallel = TP2_PP2 if name in ("grouped", "tied") else () if name == "multi-query" else TP2
     run = load_without_a_step(trainer, base, *parallel)
     back = exported(run, tmp_path / "back", step=0)
 
@@ -139,10 +141,11 @@ def test_the_tokenizer_of_an_export_gives_sentencepieces_ids(trainer: Trainer, t
 def test_every_tensor_of_a_checkpoint_is_the_models_or_the_optimizers(trainer: Trainer) -> None:
     run, plan = trainer.make_run(*TP2_PP2, steps=1)
     trainer.train(run, plan)
-    keys = set(CheckpointTensors(choose_checkpoint(run, 1)).keys())
-    weights = set(canonical_keys(plan.settings.model))
-    states = {f"optimizer.state.{kind}.{key}" for kind in ("exp_avg", "exp_avg_sq", "param") for key in weights}
-    assert keys == weights | states
+    tensors = open_verified(choose_checkpoint(run, 1))
+    keys = canonical_keys(plan.settings.model)
+    assert set(tensors.names()) == {tensor_name(kind, key) for kind in KINDS for key in keys}
+    shapes = {key: tensors.shape(tensor_name("weight", key)) for key in keys}
+    assert sum(math.prod(shape) for shape in shapes.values()) == plan.parameters
 
 
 def test_a_base_of_another_shape_is_refused_before_a_step(trainer: Trainer, tmp_path: Path, tokenizer: Path) -> None:

@@ -23,10 +23,13 @@ def outcome(action: Action, cause: Cause, ended: float) -> dict[str, Any]:
 
 
 def records(
-    *outcomes: dict[str, Any] | None, submitted: tuple[float, ...] = (1.0,), cancelled: float | None = None
+    *outcomes: dict[str, Any] | None,
+    submitted: tuple[float, ...] = (1.0,),
+    cancelled: float | None = None,
+    heard: float | None = None,
 ) -> RunRecords:
     attempts = [{"number": number, "outcome": found} for number, found in enumerate(outcomes, 1)]
-    return RunRecords(submitted=submitted, attempts=attempts, cancel_asked=cancelled)
+    return RunRecords(submitted=submitted, attempts=attempts, cancel_asked=cancelled, last_heard=heard)
 
 
 FINISHED = outcome(Action.FINISH, Cause.FINISHED, 5.0)
@@ -36,6 +39,7 @@ STOPPED = outcome(Action.STOP, Cause.STOPPED, 5.0)
 STUCK = outcome(Action.STOP, Cause.RANK_KILLED, 5.0)
 REQUEUED = outcome(Action.REQUEUE, Cause.TIME_LIMIT, 5.0)
 RESTARTED = outcome(Action.RESTART, Cause.RANK_KILLED, 5.0)
+NOW = 10.0
 AGAIN = (1.0, 6.0)
 """Submitted once more after the attempt ended."""
 
@@ -93,7 +97,7 @@ AGAIN = (1.0, 6.0)
     ],
 )
 def test_a_run_stands_where_folder_and_scheduler_say(found: RunRecords, job: JobAnswer, state: State) -> None:
-    assert reconcile("x", found, job).state == state
+    assert reconcile("x", found, job, NOW).state == state
 
 
 LASTS = (None, FINISHED, CRASHED, CANCELLED, STOPPED, STUCK, REQUEUED, RESTARTED)
@@ -108,40 +112,42 @@ EVERY = [
 def test_a_silent_scheduler_never_ends_a_run() -> None:
     for found, job in EVERY:
         if job == SILENT and not found.is_settled:
-            assert reconcile("x", found, job).state == State.UNKNOWN
+            assert reconcile("x", found, job, NOW).state == State.UNKNOWN
 
 
 def test_a_living_job_never_ends_a_run() -> None:
     for found, job in EVERY:
         if job in (PENDING, RUNNING) and not found.is_settled:
-            assert reconcile("x", found, job).state in (State.PENDING, State.RUNNING)
+            assert reconcile("x", found, job, NOW).state in (State.PENDING, State.RUNNING)
 
 
 def test_a_job_that_is_gone_has_ended_its_run() -> None:
     for found, job in EVERY:
         if job == GONE:
-            assert reconcile("x", found, job).state in ENDED
+            assert reconcile("x", found, job, NOW).state in ENDED
 
 
 def test_every_standing_but_a_plain_running_has_a_reason_and_a_next_command() -> None:
     for found, job in EVERY:
-        standing = reconcile("my-run", found, job)
-        assert "my-run" in standing.next_command
+        standing = reconcile("my-run", found, job, NOW)
+        assert "my-run" in standing.actions[0]
         assert standing.reason or standing.state == State.RUNNING
 
 
 def test_a_run_that_failed_again_before_its_attempt_does_not_show_the_old_reason() -> None:
-    assert reconcile("x", records(CRASHED, submitted=AGAIN), GONE).reason == "the job ended before its first attempt"
+    assert (
+        reconcile("x", records(CRASHED, submitted=AGAIN), GONE, NOW).reason == "the job ended before its first attempt"
+    )
 
 
 def test_a_lost_supervisor_is_named() -> None:
-    assert "supervisor_lost" in reconcile("x", records(None), GONE).reason
-    assert "supervisor_lost" in reconcile("x", records(None), PENDING).reason
+    assert "supervisor_lost" in reconcile("x", records(None), GONE, NOW).reason
+    assert "supervisor_lost" in reconcile("x", records(None), PENDING, NOW).reason
 
 
 def test_a_requeued_run_says_why_it_waits() -> None:
     assert (
-        reconcile("x", records(REQUEUED), PENDING).reason
+        reconcile("x", records(REQUEUED), PENDING, NOW).reason
         == "time_limit; the job was requeued and waits for the scheduler"
     )
 
@@ -158,4 +164,38 @@ def test_a_requeued_run_says_why_it_waits() -> None:
     ],
 )
 def test_the_next_command_is_the_useful_one(found: RunRecords, job: JobAnswer, command: str) -> None:
-    assert reconcile("x", found, job).next_command == command
+    assert reconcile("x", found, job, NOW).actions[0] == command
+
+
+@pytest.mark.parametrize(
+    ("found", "job", "cause"),
+    [
+        (records(), PENDING, None),
+        (records(None), RUNNING, None),
+        (records(RESTARTED, None), RUNNING, None),
+        (records(None), GONE, Cause.SUPERVISOR_LOST),
+        (records(None, cancelled=2.0), GONE, Cause.CANCELLED),
+        (records(REQUEUED), GONE, Cause.TIME_LIMIT),
+        (records(CRASHED), GONE, Cause.EXCEPTION),
+        (records(FINISHED), SILENT, Cause.FINISHED),
+        (records(REQUEUED), PENDING, Cause.TIME_LIMIT),
+    ],
+)
+def test_the_cause_is_that_of_the_newest_end(found: RunRecords, job: JobAnswer, cause: Cause | None) -> None:
+    assert reconcile("x", found, job, NOW).cause == cause
+
+
+@pytest.mark.parametrize(
+    ("found", "job", "now", "reason"),
+    [
+        (records(None, heard=100.0), RUNNING, 160.0, ""),
+        (records(None, heard=100.0), RUNNING, 820.0, "last heard 12 min 0 s ago; its ranks may hang"),
+        (records(None, heard=100.0, cancelled=5.0), RUNNING, 820.0, "told to save and end"),
+        (records(None, heard=100.0), SILENT, 160.0, "running when last seen; the scheduler does not answer; "
+         "last heard 1 min 0 s ago"),
+        (records(), PENDING, 100.0, "waiting for the scheduler"),
+        (records(), PENDING, 7201.0, "waiting for the scheduler for 2 h 0 min"),
+    ],
+)  # fmt: skip
+def test_what_time_adds_is_said(found: RunRecords, job: JobAnswer, now: float, reason: str) -> None:
+    assert reconcile("x", found, job, now).reason == reason

@@ -40,9 +40,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "orchestrator.tokenize.hugging_face",
         "orchestrator.tokenize.manifest",
     ),
-    ("orchestrator.checks", "orchestrator.plan", "orchestrator.recovery", "orchestrator.reconcile"),
+    (
+        "orchestrator.changes",
+        "orchestrator.checks",
+        "orchestrator.plan",
+        "orchestrator.recovery",
+        "orchestrator.reconcile",
+        "orchestrator.repeats",
+        "orchestrator.retention",
+    ),
     ("megatron_solar",),
     (
+        "orchestrator.checkpoint_keeper",
         "orchestrator.config",
         "orchestrator.demo",
         "orchestrator.doctor",
@@ -52,6 +61,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "orchestrator.pictures",
         "orchestrator.processes",
         "orchestrator.progress",
+        "orchestrator.provenance",
+        "orchestrator.resume",
         "orchestrator.screen",
         "orchestrator.shipment",
         "orchestrator.slurm",
@@ -236,10 +247,10 @@ def test_a_rank_that_fails_in_the_repository_root_shows_a_traceback_with_source_
     )
     assert result.returncode not in (0, 75)
     assert "Traceback (most recent call last):" in result.stderr
-    assert re.search(r"worker\.py\", line \d+, in main\n +plan = read_plan\(run\.plan\)\n", result.stderr), (
+    assert re.search(r"worker\.py\", line \d+, in main\n +plan = read_plan\(attempt\.plan\)\n", result.stderr), (
         result.stderr
     )
-    assert "/nonexistent/plan.json" in result.stderr
+    assert "/nonexistent/attempts/0001/plan.json" in result.stderr
 
 
 def test_no_file_holds_the_address_of_a_package_index_or_a_path_of_a_machine() -> None:

@@ -3,78 +3,22 @@
 import os
 import signal
 import sqlite3
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from orchestrator.checkpoints import complete_checkpoints
-from orchestrator.config import compose
 from orchestrator.errors import RunError
-from orchestrator.events import StepEvent, read_events
 from orchestrator.files import read_json
-from orchestrator.launch import cancel, launch, resume
-from orchestrator.plan import make_plan
-from orchestrator.reconcile import ENDED, State
+from orchestrator.launch import cancel
+from orchestrator.reconcile import State
+from orchestrator.resume import prepare_resume, resume
 from orchestrator.run_directory import RunDirectory
 from orchestrator.slurm.scheduler import local_process, warn_of_time_limit
-from orchestrator.status import RunStatus, read_status
-from tests.conftest import SMALL
-
-DEADLINE_SECONDS = 180
-
-
-@pytest.fixture
-def start(tmp_path: Path, corpus: Path) -> Iterator[Callable[..., RunDirectory]]:
-    """Launch runs, and end what a failing test has left."""
-    made: list[RunDirectory] = []
-
-    def start(*overrides: str, steps: int = 12, recipe: str = "demo-base") -> RunDirectory:
-        settings = compose(
-            recipe,
-            [
-                *SMALL,
-                f"data.train={corpus / 'train'}",
-                f"data.validation={corpus / 'validation'}",
-                f"paths.runs={tmp_path / 'runs'}",
-                f"name=run-{len(made)}",
-                f"training.tokens={steps * 4 * 32}",
-                *overrides,
-            ],
-        )
-        run = launch(make_plan(settings), "a test")
-        made.append(run)
-        return run
-
-    yield start
-    for run in made:
-        process = local_process(run)
-        if process is not None:
-            for child in process.children(recursive=True):
-                child.kill()
-            process.kill()
-
-
-def wait_for(what: str, condition: Callable[[], bool], run: RunDirectory) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in run.jobs.glob("*.out"))
-            raise AssertionError(f"waited {DEADLINE_SECONDS} s for {what}: {read_status(run)}\n{logs}")
-        time.sleep(0.05)
-
-
-def step_of(run: RunDirectory) -> int:
-    attempts = run.attempts()
-    events = [e for a in attempts for _, e in read_events(a.events) if isinstance(e, StepEvent)]
-    return events[-1].step if events else 0
-
-
-def wait_to_end(run: RunDirectory) -> RunStatus:
-    wait_for("the end", lambda: read_status(run).state in ENDED, run)
-    return read_status(run)
+from orchestrator.status import read_status
+from tests.launched import processes_of, step_of, wait_for, wait_to_end
 
 
 def ranks_of(run: RunDirectory) -> list[psutil.Process]:
@@ -114,7 +58,7 @@ def test_a_time_limits_warning_saves_leaves_and_goes_on_as_a_second_attempt_of_o
     assert steps_in_mlflow(run) == list(range(1, 81))
     assert read_json(run.provenance)["packages"]["megatron-core"] == "0.16.1"
     with pytest.raises(RunError, match="has done all its 80 steps"):
-        resume(run)
+        prepare_resume(run)
 
 
 def test_a_killed_rank_restarts_from_the_last_checkpoint_in_the_same_job(start: Callable[..., RunDirectory]) -> None:
@@ -139,10 +83,6 @@ def test_a_killed_rank_restarts_from_the_last_checkpoint_in_the_same_job(start: 
     wait_for("an empty machine", lambda: not processes_of(run), run)
 
 
-def processes_of(run: RunDirectory) -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["cmdline"]) if str(run.path) in " ".join(p.info["cmdline"] or [])]
-
-
 def test_a_cancelled_run_goes_on_from_where_it_saved_when_it_is_resumed(start: Callable[..., RunDirectory]) -> None:
     run = start(steps=60)
     wait_for("step 3", lambda: step_of(run) >= 3, run)
@@ -150,7 +90,7 @@ def test_a_cancelled_run_goes_on_from_where_it_saved_when_it_is_resumed(start: C
     cancelled = wait_to_end(run)
     assert cancelled.state == State.CANCELLED and 3 <= cancelled.step < 60
     wait_for("the job's end", lambda: local_process(run) is None, run)
-    resume(run)
+    resume(run, prepare_resume(run), "a test")
     status = wait_to_end(run)
     assert (status.state, status.step, status.attempts) == (State.FINISHED, 60, 2)
     assert status.attempt_list[1].first_step == cancelled.step + 1
@@ -200,7 +140,7 @@ def test_a_supervisor_that_is_killed_takes_its_ranks_along_and_the_run_can_be_re
     status = read_status(run)
     assert status.state == State.FAILED
     assert "supervisor_lost" in status.reason
-    resume(run)
+    resume(run, prepare_resume(run), "a test")
     assert wait_to_end(run).state == State.FINISHED
 
 

@@ -24,8 +24,8 @@ from orchestrator.checkpoints import checkpoint_name
 from orchestrator.errors import OrchestrateError, TrackingError
 from orchestrator.events import (
     CheckpointEvent,
-    CheckpointWrittenEvent,
     Event,
+    SaveEvent,
     StartEvent,
     StepEvent,
     ValidationEvent,
@@ -75,7 +75,7 @@ def make_run(runs: Path, uri: str, name: str = "deepened") -> RunDirectory:
         "tracking": {"uri": uri, "experiment": "tests"},
         "paths": {"runs": str(runs)},
     }
-    write_json(run.plan, {"settings": settings, "total_steps": 40, "fingerprint": "abc"})
+    write_json(run.launched_plan, {"settings": settings, "total_steps": 40, "fingerprint": "abc"})
     return run
 
 
@@ -137,17 +137,19 @@ def make_attempt(
             loss = 5 / step + number / 1e6
             events.append(ValidationEvent(time=moment, step=step, loss=loss, samples=8, consumed_tokens=0, seconds=0.1))
             events.append(
-                CheckpointWrittenEvent(
+                SaveEvent(
                     time=moment,
                     step=step,
                     name=name,
                     consumed_samples=4 * step,
                     data_fingerprint="d",
-                    files={},
-                    seconds=1.5,
+                    tokenizer_sha256="t",
+                    stall_seconds=1.5,
                 )
             )
-            marked = CheckpointEvent(time=moment, step=step, name=name, bytes=10**9, seconds=1.5)
+            marked = CheckpointEvent(
+                time=moment, step=step, name=name, bytes=10**9, seconds=1.5, write_seconds=1.0, hash_seconds=0.5
+            )
             append(attempt.supervisor_events, [marked])
     append(attempt.events, events)
     if outcome is not None:
@@ -328,7 +330,13 @@ def test_the_status_follows_the_last_outcome(
 def test_checkpoints_are_models_by_reference_with_the_loss_of_their_step(run: RunDirectory, store: Path) -> None:
     two_attempts(run)
     saved_when_interrupted = CheckpointEvent(
-        time=STARTED + 1025, step=25, name=checkpoint_name(25, 1), bytes=7, seconds=1.0
+        time=STARTED + 1025,
+        step=25,
+        name=checkpoint_name(25, 1),
+        bytes=7,
+        seconds=1.0,
+        write_seconds=0.5,
+        hash_seconds=0.1,
     )
     append(run.attempt(1).supervisor_events, [saved_when_interrupted])
     ship(run)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from orchestrator.commands.request import requested_checkpoint
+
 
 @click.command(name="export", short_help="Write a checkpoint as a Hugging Face folder.")
 @click.argument("run", default="last")
@@ -15,23 +17,13 @@ def command(run: str, output: Path, verify: bool, as_json: bool) -> None:
 
     RUN is a name, `last`, or either with a step: `last@1200`; the newest complete checkpoint by default.
     """
-    from orchestrator.checkpoints import choose_checkpoint
-    from orchestrator.config import paths_in_force
     from orchestrator.plan import read_plan
     from orchestrator.progress import progress_bar
-    from orchestrator.run_directory import find_run
     from orchestrator.screen import print_json, print_next
     from orchestrator.values import to_plain
     from orchestrator.verify import verify_export
 
-    reference, at, step = run.rpartition("@") if not Path(run).is_dir() else (run, "", "")
-    if not at:
-        reference, step = run, ""
-    digits = step.removeprefix("step_").split(".")[0]
-    if at and not (digits.isascii() and digits.isdigit()):
-        raise click.UsageError(f"{run!r} should read RUN or RUN@STEP, such as last@1200")
-    found = find_run(reference, Path(paths_in_force().runs))
-    checkpoint = choose_checkpoint(found, int(digits) if digits else None)
+    found, checkpoint = requested_checkpoint(run)
     from megatron_solar.export import export
 
     plan = read_plan(found.plan)

@@ -52,8 +52,8 @@ def command(run: str, attempt: int | None, rank: int | None, supervisor: bool, f
         click.echo(path.read_text(errors="replace"), nl=False)
         return
     _show_failures(chosen)
-    offset = _show_events(chosen, 0)
-    if offset == 0:
+    offset = _show_events(chosen, (0, 0))
+    if offset == (0, 0):
         click.echo(f"attempt {chosen.number} has not told of anything yet; its ranks are starting", err=True)
     if follow:
         _follow(found, chosen, offset)
@@ -86,19 +86,21 @@ def _show_failures(attempt: "AttemptDirectory") -> None:
         click.echo(f"{len(failures) - 1} more failed after it: {others}")
 
 
-def _show_events(attempt: "AttemptDirectory", offset: int) -> int:
+def _show_events(attempt: "AttemptDirectory", offsets: tuple[int, int]) -> tuple[int, int]:
+    """Show what rank 0 and the supervisor have told since, in the order of time; return how far was read."""
     from orchestrator.events import read_events
 
-    for after, event in read_events(attempt.events, offset):
+    told = list(read_events(attempt.events, offsets[0]))
+    noted = list(read_events(attempt.supervisor_events, offsets[1]))
+    for _, event in sorted([*told, *noted], key=lambda pair: pair[1].time):
         click.echo(event_line(event))
-        offset = after
-    return offset
+    return (told[-1][0] if told else offsets[0]), (noted[-1][0] if noted else offsets[1])
 
 
 def event_line(event: "object") -> str:
     """Return an event in a line."""
     from orchestrator import events as e
-    from orchestrator.units import format_bytes, format_count, format_duration, format_time
+    from orchestrator.units import format_bytes, format_count, format_time
 
     assert isinstance(event, e.Event)
     when = format_time(event.time)
@@ -112,19 +114,28 @@ def event_line(event: "object") -> str:
                     f"MFU {event.mfu:.1%}")  # fmt: skip
         case e.ValidationEvent():
             what = f"step {event.step}  held-out loss {event.loss:.4f} over {event.samples} sequences"
-        case e.CheckpointWrittenEvent():
-            size = sum(int(facts["bytes"]) for facts in event.files.values())
-            what = (
-                f"step {event.step}  checkpoint {event.name}, {format_bytes(size)} in {format_duration(event.seconds)}"
-            )
+        case e.SaveEvent():
+            what = f"step {event.step}  saves {event.name}, stood still for {event.stall_seconds:.2f} s"
         case e.CheckpointEvent():
-            what = f"step {event.step}  checkpoint {event.name} is complete"
+            what = (f"step {event.step}  checkpoint {event.name} is complete: {format_bytes(event.bytes)}, on disk "
+                    f"after {event.seconds:.1f} s")  # fmt: skip
+        case e.DamageEvent():
+            what = f"step {event.step}  checkpoint {event.name} is damaged, the one before is used: " + "; ".join(
+                event.problems
+            )
+        case e.RemovedEvent():
+            what = f"step {event.step}  removed {event.name}: {event.why}"
+        case e.RepeatEvent():
+            steps = f"steps {event.first_step} to {event.last_step} were done again"
+            what = f"{steps}, largest relative difference {event.relative_difference:.1e} (step {event.step})"
+            if event.is_beyond_noise:
+                what += f", beyond the noise of {event.noise:.0e}: hardware or nondeterminism"
         case e.EndEvent():
             what = f"leaves after step {event.step}: {event.reason}"
     return f"{when}  {what}"
 
 
-def _follow(run: "RunDirectory", attempt: "AttemptDirectory", offset: int) -> None:
+def _follow(run: "RunDirectory", attempt: "AttemptDirectory", offset: tuple[int, int]) -> None:
     """Show new lines until the run ends; the scheduler is asked only while there are none."""
     from orchestrator.reconcile import ENDED
     from orchestrator.status import read_status
@@ -137,7 +148,7 @@ def _follow(run: "RunDirectory", attempt: "AttemptDirectory", offset: int) -> No
         newest = run.attempts()[-1]
         if newest.number > attempt.number:
             click.echo(f"attempt {newest.number}:")
-            attempt, offset = newest, 0
+            attempt, offset = newest, (0, 0)
         elif offset == before and (is_over or time.monotonic() - asked > ASK_SECONDS):
             asked = time.monotonic()
             status = read_status(run)

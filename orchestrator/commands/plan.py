@@ -33,7 +33,11 @@ def command(recipe: str, overrides: tuple[str, ...], nodes: int | None, as_json:
 
 def show_plan(plan: "TrainingPlan") -> None:
     """Print a plan as people read it."""
+    import shutil
+    from pathlib import Path
+
     from orchestrator.plan import MFU_SCENARIOS
+    from orchestrator.retention import kept_at_most
     from orchestrator.screen import print_facts, print_table
     from orchestrator.units import format_bytes, format_count, format_duration
 
@@ -52,11 +56,13 @@ def show_plan(plan: "TrainingPlan") -> None:
     rate = f"{training.learning_rate:g}, {training.decay} to {training.minimum_learning_rate:g}"
     if training.decay == "constant":
         rate = f"{training.learning_rate:g}, constant"
-    interval = settings.checkpoint.interval_steps
-    kept = plan.checkpoint_bytes * (plan.total_steps // interval + 2)
-    checkpoints = (
-        f"{format_bytes(plan.checkpoint_bytes)} every {interval} steps; all are kept, {format_bytes(kept)} in all"
-    )
+    interval, count = settings.checkpoint.interval_steps, kept_at_most(plan.total_steps, settings.checkpoint)
+    checkpoints = f"{format_bytes(plan.checkpoint_bytes)} every {interval} steps, at most {count} at once"
+    disk = f"{format_bytes(count * plan.checkpoint_bytes)} of checkpoints"
+    runs = Path(settings.paths.runs)
+    there = next((folder for folder in (runs, *runs.parents) if folder.exists()), None)
+    if there is not None:
+        disk += f", {format_bytes(shutil.disk_usage(there).free)} are free on {there}"
     facts = [
         ("base", _with_note(settings.base)),
         ("model", f"{shape.num_layers} layers of {shape.hidden_size}, {plan.parameters:,} parameters"),
@@ -69,6 +75,7 @@ def show_plan(plan: "TrainingPlan") -> None:
         ("FLOPs", f"{flops} a token, forward and backward, causal half of the attention"),
         ("memory", memory),
         ("checkpoint", checkpoints),
+        ("disk", disk),
         ("job", f"{cluster.time_limit} each, told to save {cluster.warning_seconds} s before its end"),
     ]
     print_facts(settings.name, facts)

@@ -1,4 +1,4 @@
-"""What `plan` and `launch` have in common: a recipe, overrides, nodes."""
+"""What several commands are asked for: a recipe, overrides, nodes, a run, a checkpoint of a run."""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from orchestrator.checkpoints import Checkpoint
+    from orchestrator.launch import BranchPoint
     from orchestrator.run_directory import RunDirectory
     from orchestrator.settings import RunSettings
 
@@ -26,20 +28,65 @@ def requested_settings(recipe: str, overrides: Sequence[str], nodes: int | None)
     """Return the checked settings of a request; of its words the one without an `=` is the recipe."""
     from orchestrator.config import compose
 
-    given = list(overrides)
-    if "=" in recipe:
-        given.insert(0, recipe)
-        named = [word for word in given if "=" not in word]
-        recipe = named[0] if named else DEFAULT_RECIPE
-        given = [word for word in given if word not in named[:1]]
+    named, given = _words(recipe, overrides, nodes)
+    return compose(named or DEFAULT_RECIPE, given)
+
+
+def requested_branch(
+    reference: str, recipe: str, overrides: Sequence[str], nodes: int | None
+) -> "tuple[BranchPoint, RunSettings]":
+    """Return where a run goes on from, and its settings: those of the other run, or of a recipe that was named."""
+    from orchestrator.config import compose, recompose
+    from orchestrator.launch import BranchPoint
+    from orchestrator.plan import read_plan
+
+    run, checkpoint = requested_checkpoint(reference)
+    source = click.get_current_context().get_parameter_source("recipe")
+    is_named = source is not None and source.name != "DEFAULT"
+    named, given = _words(recipe if is_named else "", overrides, nodes)
+    if named:
+        return BranchPoint(run=run, checkpoint=checkpoint), compose(named, given)
+    own_name = [f"name={run.name}-from-{checkpoint.step}"]
+    return BranchPoint(run=run, checkpoint=checkpoint), recompose(read_plan(run.plan).settings, [*own_name, *given])
+
+
+def _words(recipe: str, overrides: Sequence[str], nodes: int | None) -> tuple[str, list[str]]:
+    """Return the recipe, or nothing where none was named, and the overrides of a request's words."""
+    given = [word for word in (recipe, *overrides) if word]
+    named = [word for word in given if "=" not in word][:1]
+    given = [word for word in given if word not in named]
     if nodes is not None:
         given.append(f"cluster.nodes={nodes}")
-    return compose(recipe, given)
+    return (named[0] if named else ""), given
 
 
-def launch_command(recipe: str, overrides: Sequence[str], nodes: int | None) -> str:
+def requested_checkpoint(reference: str) -> "tuple[RunDirectory, Checkpoint]":
+    """Return a run and its checkpoint from `RUN` or `RUN@STEP`; the newest complete one without a step.
+
+    Raises:
+        UsageError: what follows the @ is no step.
+        RunError, CheckpointError: there is none.
+    """
+    from orchestrator.checkpoints import choose_checkpoint
+    from orchestrator.config import paths_in_force
+    from orchestrator.run_directory import find_run
+
+    name, at, step = reference.rpartition("@") if not Path(reference).is_dir() else (reference, "", "")
+    if not at:
+        name, step = reference, ""
+    digits = step.removeprefix("step_").split(".")[0]
+    if at and not (digits.isascii() and digits.isdigit()):
+        raise click.UsageError(f"{reference!r} should read RUN or RUN@STEP, such as last@1200")
+    run = find_run(name, Path(paths_in_force().runs))
+    return run, choose_checkpoint(run, int(digits) if digits else None)
+
+
+def launch_command(recipe: str, overrides: Sequence[str], nodes: int | None, from_checkpoint: str | None = None) -> str:
     """Return the command that launches a request."""
-    return f"orchestrate launch {shlex.join([recipe, *overrides])}" + (f" --nodes {nodes}" if nodes else "")
+    words = [recipe, *overrides]
+    if from_checkpoint is not None:
+        words = [f"--from={from_checkpoint}", *(word for word in words if word != DEFAULT_RECIPE)]
+    return f"orchestrate launch {shlex.join(words)}" + (f" --nodes {nodes}" if nodes else "")
 
 
 def reference_to(run: "RunDirectory") -> str:

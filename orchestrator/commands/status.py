@@ -80,6 +80,7 @@ def show_status(status: "RunStatus") -> None:
         facts.insert(2, ("last heard", f"{format_duration(time.time() - status.last_event)} ago"))
     if status.seconds_left is not None:
         facts.insert(2, ("time left", f"about {format_duration(status.seconds_left)} at the speed of the last steps"))
+    facts += [("warning", warning) for warning in status.warnings]
     print_facts(status.name, facts)
     if status.attempt_list:
         print_table(

@@ -1,0 +1,228 @@
+"""Which sample of which shard is sample k of a run: the same whatever the run's length, layout or attempt.
+
+A shard is read epoch by epoch. Its sample n is sample n % S of its epoch n // S, where S samples make
+one epoch, and each epoch is a permutation of its own, drawn from seed + epoch. Megatron shuffles the
+documents of all epochs asked for in one go, so that a prolonged run would read some samples again and
+others never. Over shards the next sample comes from the one furthest behind its weight; that choice
+looks back only, so a longer order begins with the shorter one.
+
+What is left below one sequence at the end of a shard's epoch is not read in that epoch: at most
+sequence_length tokens, others in each epoch since the documents are shuffled.
+
+    data_index/train/                      and data_index/validation/
+      <md5>-GPTDataset-train-*.npy .txt    three indexes and a description for each epoch of a shard
+      blend_shards.npy                     int16, the shard of each sample; only with several shards
+      blend_samples.npy                    int64, its number within the shard
+      complete.json                        written last: of which request, and the sizes of the files
+
+Rank 0 builds; the others read after a barrier. A folder without `complete.json`, with another
+request's, or with a file that lacks bytes is thrown away and built anew.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.errors import DataError, OrchestrateError
+from orchestrator.files import read_json, sync_folder, write_json
+from orchestrator.settings import DataSettings
+from orchestrator.tokenize.manifest import DatasetManifest
+
+ORDER = 2
+"""Raised when the order changes: a checkpoint of another order must not go on with this one."""
+
+COMPLETE = "complete.json"
+BLEND_SHARDS = "blend_shards.npy"
+BLEND_SAMPLES = "blend_samples.npy"
+LARGEST_BLEND = 1 << 15
+"""Shards that an int16 can tell apart."""
+COUNT_AT_ONCE = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlendSource:
+    """Shards of one split, with their weights and what is wanted of them."""
+
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...] | None
+    """Shares of the samples, of any sum; None means in proportion to `epoch_samples`."""
+    epoch_samples: tuple[int, ...]
+    """Samples in one epoch of each shard, at least one."""
+    samples: int
+    """Samples wanted, over all epochs."""
+
+
+def data_fingerprint(data: DataSettings, manifests: Sequence[DatasetManifest], seed: int) -> str:
+    """Return what decides which sample has which number, as one SHA-256."""
+    facts = {
+        "order": ORDER,
+        "train": [manifest.fingerprint for manifest in manifests],
+        "weights": list(data.weights),
+        "sequence_length": data.sequence_length,
+        "seed": seed,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+class OpenEpoch(Protocol):
+    """Opens one epoch of a shard as a sequence of items, after building its indexes unless `is_built`."""
+
+    def __call__(self, folder: Path, prefix: str, epoch: int, *, is_built: bool) -> Any:
+        """Open epoch `epoch` of the shard at `prefix`, with its indexes in `folder`."""
+
+
+Blend = Callable[[NDArray[np.int16], NDArray[np.int64], NDArray[np.float64]], None]
+"""Fills the shard of each sample and its number within the shard, by weights that sum to one."""
+
+
+def request_digest(source: BlendSource, *, sequence_length: int, seed: int, tokenizer_fingerprint: str) -> str:
+    """Return a SHA-256 of all that decides what an index holds; the shards' sizes stand for their contents.
+
+    Raises:
+        FileNotFoundError: a shard is not there.
+    """
+    facts = {
+        "order": ORDER,
+        "source": dataclasses.asdict(source),
+        "bytes": [[Path(f"{prefix}{end}").stat().st_size for end in (".bin", ".idx")] for prefix in source.prefixes],
+        "sequence_length": sequence_length,
+        "seed": seed,
+        "tokenizer": tokenizer_fingerprint,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def build_index(source: BlendSource, folder: Path, request: str, open_epoch: OpenEpoch, blend: Blend) -> None:
+    """Build every index that reading `source` needs, unless the folder has them already; for rank 0 alone.
+
+    The folder is this function's own: whatever else lies in it is removed.
+
+    Raises:
+        DataError: a shard has another number of samples than its manifest says, or the shards are too many.
+    """
+    if _is_complete(folder, request):
+        return
+    _wipe(folder)
+    folder.mkdir(parents=True)
+    for prefix, size, count in zip(
+        source.prefixes, source.epoch_samples, _blended_counts(source, folder, blend), strict=True
+    ):
+        for epoch in range(-(-count // size)):
+            found = len(open_epoch(folder, prefix, epoch, is_built=False))
+            if found != size:
+                raise DataError(f"{prefix} should hold {size} samples, found {found}; copy it again or tokenize again")
+    files = sorted(folder.iterdir())
+    for path in files:
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    sync_folder(folder)
+    write_json(folder / COMPLETE, {"request": request, "files": {path.name: path.stat().st_size for path in files}})
+
+
+class OrderedSamples:
+    """The samples of one split by number.
+
+    A shard's epoch is opened when its first sample is asked for, and closed when another epoch of the
+    same shard is: runs read forward, so at most one epoch a shard is open at any time.
+
+    Raises:
+        DataError: the folder does not hold the index of this request.
+    """
+
+    def __init__(self, source: BlendSource, folder: Path, request: str, open_epoch: OpenEpoch) -> None:
+        if _record(folder).get("request") != request:
+            raise DataError(
+                f"{folder} should hold the sample index that rank 0 has built, but this rank does not see it there; "
+                "put the run's folder on a file system that all nodes share"
+            )
+        self._source = source
+        self._folder = folder
+        self._open_epoch = open_epoch
+        self._epochs: dict[int, tuple[int, Any]] = {}
+        self._blend: tuple[NDArray[np.int16], NDArray[np.int64]] | None = None
+        if len(source.prefixes) > 1:
+            self._blend = (
+                np.load(folder / BLEND_SHARDS, mmap_mode="r"),
+                np.load(folder / BLEND_SAMPLES, mmap_mode="r"),
+            )
+
+    def __len__(self) -> int:
+        """Return the number of samples that were asked for."""
+        return self._source.samples
+
+    def __getitem__(self, number: int) -> Mapping[str, Any]:
+        """Return an item with int64 `tokens`, `labels` and `position_ids` of sequence_length."""
+        shard, epoch, sample = self.place(number)
+        is_open = shard in self._epochs and self._epochs[shard][0] == epoch
+        if not is_open:
+            prefix = self._source.prefixes[shard]
+            self._epochs[shard] = (epoch, self._open_epoch(self._folder, prefix, epoch, is_built=True))
+        item: Mapping[str, Any] = self._epochs[shard][1][sample]
+        return item
+
+    def place(self, number: int) -> tuple[int, int, int]:
+        """Return (shard, epoch of the shard, sample within the epoch) of a sample's number.
+
+        Raises:
+            IndexError: the number is not of this order.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} should be from 0 to below {len(self)}")
+        shard, sample = 0, number
+        if self._blend is not None:
+            shard, sample = int(self._blend[0][number]), int(self._blend[1][number])
+        return shard, *divmod(sample, self._source.epoch_samples[shard])
+
+
+def _blended_counts(source: BlendSource, folder: Path, blend: Blend) -> Sequence[int]:
+    """Write the blend of several shards, and return how many samples each shard gives."""
+    count = len(source.prefixes)
+    if count == 1:
+        return [source.samples]
+    if count > LARGEST_BLEND:
+        raise DataError(
+            f"data sets should have at most {LARGEST_BLEND} shards together, found {count}; use larger ones"
+        )
+    shards = np.zeros(source.samples, dtype=np.int16)
+    samples = np.zeros(source.samples, dtype=np.int64)
+    weights = np.array(source.weights or source.epoch_samples, dtype=np.float64)
+    blend(shards, samples, weights / weights.sum())
+    np.save(folder / BLEND_SHARDS, shards)
+    np.save(folder / BLEND_SAMPLES, samples)
+    counts = np.zeros(count, dtype=np.int64)
+    for start in range(0, source.samples, COUNT_AT_ONCE):  # bincount works on a copy in int64
+        counts += np.bincount(shards[start : start + COUNT_AT_ONCE], minlength=count)
+    return [int(number) for number in counts]
+
+
+def _record(folder: Path) -> Mapping[str, Any]:
+    """Return what `complete.json` says, or nothing."""
+    try:
+        record = read_json(folder / COMPLETE)
+    except (FileNotFoundError, OrchestrateError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _is_complete(folder: Path, request: str) -> bool:
+    record = _record(folder)
+    if record.get("request") != request:
+        return False
+    paths = {folder / name: size for name, size in record["files"].items()}
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+
+
+def _wipe(folder: Path) -> None:
+    """Remove the folder, first of all what makes it trusted."""
+    if folder.exists():
+        (folder / COMPLETE).unlink(missing_ok=True)
+        sync_folder(folder)
+        shutil.rmtree(folder)

@@ -1,0 +1,51 @@
+"""Steps that are done again after a restart, beside what was recorded of them.
+
+The same weights and the same samples give the same loss: bit for bit on the CPU at the same layout and
+with deterministic kernels, otherwise within the noise of sums in another order. More than that is
+hardware that computes wrongly, or nondeterminism where none was expected.
+"""
+
+from collections.abc import Sequence
+
+from orchestrator.errors import OrchestrateError
+from orchestrator.events import StepEvent, read_events
+from orchestrator.plan import TrainingPlan, read_plan
+from orchestrator.run_directory import AttemptDirectory
+
+NOISE = {"fp32": 1e-5, "bf16": 1e-3}
+"""Relative difference of a step's loss that another order of sums explains, for the steps between two saves.
+
+Ten times and more what a change of the layout made of it on the CPU (docs/log.md); never measured on a GPU.
+"""
+
+
+def noise(before: TrainingPlan, now: TrainingPlan) -> float | None:
+    """Return the relative difference that is none, or None where the two attempts train differently."""
+    if (before.settings.training, before.settings.data, before.settings.model) != (
+        now.settings.training,
+        now.settings.data,
+        now.settings.model,
+    ):
+        return None
+    is_same_place = before.layout == now.layout and before.settings.cluster.device == now.settings.cluster.device
+    is_exact = now.settings.cluster.device == "cpu" or now.settings.training.deterministic
+    return 0.0 if is_same_place and is_exact else NOISE[now.settings.training.precision]
+
+
+def recorded_losses(
+    earlier: Sequence[AttemptDirectory], plan: TrainingPlan, after_step: int
+) -> dict[int, tuple[float, float]]:
+    """Return recorded loss and noise of the steps after one, as the newest of earlier attempts did them."""
+    found: dict[int, tuple[float, float]] = {}
+    for attempt in earlier:
+        try:
+            allowed = noise(read_plan(attempt.plan), plan) if attempt.plan.exists() else None
+        except OrchestrateError:  # another version's plan; its attempt cannot be compared
+            allowed = None
+        for _, event in read_events(attempt.events):
+            if isinstance(event, StepEvent) and event.step > after_step:
+                if allowed is None:
+                    found.pop(event.step, None)
+                else:
+                    found[event.step] = (event.loss, allowed)
+    return found

@@ -1,0 +1,163 @@
+"""Go on with a run that ended: what it may change, checked before anything is written."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from orchestrator.changes import Change, changes_between, check_changes
+from orchestrator.checkpoints import Checkpoint, complete_checkpoints, foreign
+from orchestrator.config import recompose, to_yaml
+from orchestrator.errors import CheckpointError, RunError
+from orchestrator.files import file_mask, new_folder, read_json, write_atomic, write_json
+from orchestrator.launch import check_disk, check_inputs
+from orchestrator.plan import TrainingPlan, make_plan, read_plan, write_plan
+from orchestrator.provenance import provenance, snapshot_code, upgrades_since
+from orchestrator.reconcile import ENDED, State
+from orchestrator.run_directory import CODE, CONFIG, FILE_MASK, PLAN, PROVENANCE, RunDirectory
+from orchestrator.settings import Rule
+from orchestrator.slurm.submission import check_scheduler, submit
+from orchestrator.status import RunStatus, read_status
+from orchestrator.tokenize.manifest import read_manifest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resumption:
+    """What a resume would do."""
+
+    status: RunStatus
+    plan: TrainingPlan
+    checkpoint: Checkpoint | None
+    """From which it goes on; None is the base."""
+    changes: tuple[Change, ...]
+    number: int
+    """Of this resume among the run's, as it was when all this was checked."""
+    upgrades: tuple[str, ...]
+    """Packages that differ from the first attempt's, allowed by the person."""
+
+    @property
+    def steps_left(self) -> int:
+        """Steps from the checkpoint to the end."""
+        return self.plan.total_steps - (self.checkpoint.step if self.checkpoint else 0)
+
+
+def prepare_resume(run: RunDirectory, overrides: Sequence[str] = (), *, allow_upgrade: bool = False) -> Resumption:
+    """Check all that a resume needs; nothing is written.
+
+    Raises:
+        RunError: the run has not ended, there is nothing left to do, or packages differ.
+        ConfigError: changes that are refused, by name; base or data that are missing.
+        CheckpointError: the newest checkpoint is of another model, tokenizer or data.
+        SchedulerError: the scheduler is not here.
+    """
+    number = len(run.resumes()) + 1
+    status = read_status(run)
+    before = read_plan(run.plan)
+    plan = make_plan(recompose(before.settings, overrides)) if overrides else before
+    changes = changes_between(before.settings, plan.settings)
+    if status.state == State.FINISHED and plan.total_steps <= before.total_steps:
+        raise RunError(
+            f"run {run.name} has done all its {status.total_steps} steps; export it with `orchestrate export "
+            f"{run.name} --output DIR`, or prolong it with `orchestrate resume {run.name} tokens=...`"
+        )
+    if status.state not in ENDED:
+        raise RunError(
+            f"run {run.name} is {status.state}; cancel it first, or follow it with `orchestrate logs {run.name}`"
+        )
+    check_scheduler(plan)
+    existing = complete_checkpoints(run)
+    checkpoint = existing[-1] if existing else None
+    check_inputs(plan, needs_base=checkpoint is None)
+    fingerprint, tokenizer = _data_identity(plan) if checkpoint is not None else ("", "")
+    check_changes(
+        changes,
+        f"run {run.name} cannot be resumed so",
+        is_same_data=checkpoint is not None and fingerprint == checkpoint.facts.data_fingerprint,
+    )
+    if checkpoint is not None:
+        if plan.total_steps <= checkpoint.step:
+            raise RunError(
+                f"run {run.name} has done {checkpoint.step} steps already, training.tokens="
+                f"{plan.settings.training.tokens} are {plan.total_steps}; give more"
+            )
+        problems = foreign(checkpoint.facts, plan.settings.model, tokenizer, fingerprint)
+        if problems:
+            raise CheckpointError(f"checkpoint {checkpoint.name} is not of this run's model and data:", problems)
+    check_disk(plan, run.path)
+    upgrades = upgrades_since(read_json(run.provenance)) if run.provenance.exists() else []
+    if upgrades and not allow_upgrade:
+        raise RunError(
+            f"run {run.name} was begun with other versions; put them back, or say --allow-upgrade to go on with "
+            "these and with today's code:",
+            upgrades,
+        )
+    return Resumption(
+        status=status,
+        plan=plan,
+        checkpoint=checkpoint,
+        changes=tuple(changes),
+        number=number,
+        upgrades=tuple(upgrades),
+    )
+
+
+def resume(run: RunDirectory, prepared: Resumption, command: str) -> None:
+    """Record a resume and submit the run; where the submission fails nothing is left of it.
+
+    Raises:
+        RunError: somebody else has resumed it since it was checked.
+        SchedulerError: the job could not be submitted.
+    """
+    with file_mask(FILE_MASK):
+        run.resumes_folder.mkdir(exist_ok=True)
+        folder = run.resumes_folder / f"{prepared.number:04d}"
+        if folder.exists():
+            raise RunError(f"run {run.name} was resumed meanwhile; see `orchestrate status {run.name}`")
+        with new_folder(folder) as order:
+            changes = [
+                {"field": c.field, "before": c.before, "after": c.after, "rule": c.rule} for c in prepared.changes
+            ]
+            record = provenance(command, changes=changes, upgrades=list(prepared.upgrades))
+            if prepared.changes:
+                write_plan(order / PLAN, prepared.plan)
+                write_atomic(order / CONFIG, to_yaml(prepared.plan.settings))
+            if prepared.upgrades:
+                record["untracked_sources"] = snapshot_code(order / CODE)
+            write_json(order / PROVENANCE, record)
+        run.cancel_mark.unlink(missing_ok=True)
+        try:
+            submit(run, by="person")
+        except BaseException:
+            withdraw(folder)
+            raise
+
+
+def withdraw(folder: Path) -> None:
+    """Take back a resume that was not submitted; the plan before is in force again at once."""
+    gone = folder.with_name(f".withdrawn-{folder.name}")
+    folder.rename(gone)
+    for path in sorted(gone.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    gone.rmdir()
+
+
+def notes_on(prepared: Resumption) -> list[str]:
+    """Return what a person should know of recorded changes."""
+    changed = {change.field for change in prepared.changes if change.rule == Rule.RECORDED}
+    notes = []
+    decay = prepared.plan.settings.training.decay
+    if "training.tokens" in changed and decay != "constant":
+        notes.append(f"the {decay} decay is over the new number of steps, so that the rate changes at once")
+    if "training.precision" in changed:
+        notes.append("the fp32 master weights and the optimizer are kept; from here on losses differ by rounding")
+    if any(field.startswith("layout.") or field in ("cluster.nodes", "cluster.ranks_per_node") for field in changed):
+        notes.append("the samples and their order stay; losses agree within sums in another order")
+    return notes
+
+
+def _data_identity(plan: TrainingPlan) -> tuple[str, str]:
+    """Return the fingerprint of a plan's data sets and of their tokenizer."""
+    from megatron_solar.sample_order import data_fingerprint  # imports numpy
+
+    settings = plan.settings
+    manifests = [read_manifest(Path(folder)) for folder in settings.data.train]
+    return data_fingerprint(settings.data, manifests, settings.training.seed), manifests[0].tokenizer_sha256
