@@ -7,6 +7,8 @@ Two data-parallel CPU ranks of one model save and load the same state, in turn, 
 - ours: `megatron_solar/checkpoint.py`; the stall of an asynchronous save, and of one that is waited for
 - torch_dist: megatron-core's `dist_checkpointing` with the optimizer as `fully_reshardable`, its format
   for any layout; synchronous, and asynchronous with its forked writer
+- torch_dist of one layout: the same with `dp_reshardable`, which gathers nothing and can be read at
+  other data-parallel sizes only
 
 Prints medians over the rounds and each as a ratio to torch_dist's synchronous save. Of the peer only
 what megatron's own training script does: nothing is hashed, nothing verified.
@@ -26,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed
 import torch.multiprocessing
@@ -83,6 +86,9 @@ def rank_main(rank: int, options: argparse.Namespace, folder: str) -> None:
         torch.distributed.all_gather_object(every, found)
         if rank == 0:
             report(plan, every, options)
+            sys.stdout.flush()
+        for child in psutil.Process().children(recursive=True):
+            child.kill()  # the peer's manager outlives its rank otherwise
     os._exit(0)
 
 
@@ -117,12 +123,13 @@ def ours(plan: TrainingPlan, replica: Any, place: Path) -> dict[str, float]:
     }
 
 
-def torch_dist(plan: TrainingPlan, replica: Any, place: Path, *, is_async: bool) -> dict[str, float]:
+def torch_dist(replica: Any, place: Path, *, is_async: bool, sharding: str) -> dict[str, float]:
     """Save with megatron-core's dist_checkpointing."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
+    metadata = {"distrib_optim_sharding_type": sharding, "non_homogeneous_layers": True}
+    name = "torch_dist" if sharding == "fully_reshardable" else "torch_dist of one layout"
     if torch.distributed.get_rank() == 0:
         place.mkdir(parents=True)
     torch.distributed.barrier()
@@ -140,7 +147,7 @@ def torch_dist(plan: TrainingPlan, replica: Any, place: Path, *, is_async: bool)
         saved = time.monotonic() - started
         started = time.monotonic()
         dist_checkpointing.load(state(is_loading=True), str(place))
-        return {"torch_dist: synchronous save": saved, "torch_dist: load, not verified": time.monotonic() - started}
+        return {f"{name}: synchronous save": saved, f"{name}: load, not verified": time.monotonic() - started}
     calls = AsyncCallsQueue()
     calls.schedule_async_request(request)
     stall = time.monotonic() - started
@@ -148,15 +155,20 @@ def torch_dist(plan: TrainingPlan, replica: Any, place: Path, *, is_async: bool)
     whole = time.monotonic() - started
     calls.close()
     return {
-        "torch_dist: stall of an asynchronous save": stall,
-        "torch_dist: asynchronous save, until it is done": whole,
+        f"{name}: stall of an asynchronous save": stall,
+        f"{name}: asynchronous save, until it is done": whole,
     }
 
 
 MEASURES: dict[str, Callable[[TrainingPlan, Any, Path], dict[str, float]]] = {
     "ours": ours,
-    "torch_dist": lambda plan, replica, place: torch_dist(plan, replica, place, is_async=False),
-    "torch_dist async": lambda plan, replica, place: torch_dist(plan, replica, place, is_async=True),
+    **{
+        f"{sharding} {is_async}": lambda _, replica, place, is_async=is_async, sharding=sharding: torch_dist(
+            replica, place, is_async=is_async, sharding=sharding
+        )
+        for sharding in ("fully_reshardable", "dp_reshardable")
+        for is_async in (False, True)
+    },
 }
 
 
@@ -172,7 +184,7 @@ def report(plan: TrainingPlan, every: list[dict[str, list[float]]], options: arg
     print(f"{plan.parameters:,} parameters, {options.ranks} ranks, {plan.checkpoint_bytes / 1e6:.0f} MB a checkpoint "
           f"of ours; medians of {options.rounds} rounds, the slowest rank")  # fmt: skip
     for what, median, low, high in rows:
-        print(f"{what:<48} {median:7.3f} s  ({low:.3f} to {high:.3f})  {median / reference:6.2f} x")
+        print(f"{what:<62} {median:7.3f} s  ({low:.3f} to {high:.3f})  {median / reference:6.2f} x")
     block = os.urandom(1 << 20) * 64
     started = time.monotonic()
     hashlib.sha256(block).hexdigest()

@@ -122,8 +122,10 @@ def _record_failure(attempt: AttemptDirectory, rank: int, error: BaseException) 
         "message": str(error),
         "traceback": text,
     }
-    with contextlib.suppress(OSError):  # a full disk takes no record; the exit code says what happened
+    # A full disk may take neither; the exit code then says what happened.
+    with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
         write_json(attempt.rank_failure(rank), record)
 
 

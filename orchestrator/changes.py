@@ -5,7 +5,6 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.errors import ConfigError
 from orchestrator.settings import Rule, RunSettings
 from orchestrator.values import to_plain
 
@@ -70,18 +69,14 @@ def changes_between(before: RunSettings, after: RunSettings) -> list[Change]:
     return found
 
 
-def check_changes(
-    changes: Sequence[Change], what: str, *, is_same_data: bool = False, own_fields: Sequence[str] = ()
-) -> None:
-    """Refuse what a run cannot take up.
+def change_problems(
+    changes: Sequence[Change], *, is_same_data: bool = False, own_fields: Sequence[str] = ()
+) -> list[str]:
+    """Return every change that a run cannot take up, each with the reason.
 
     Args:
-        what: `run solar-b cannot be resumed so`, the beginning of the message.
         is_same_data: whether the data sets are those of before, wherever they lie now.
         own_fields: fixed fields that may differ nevertheless.
-
-    Raises:
-        ConfigError: every change that is refused, by name.
     """
     problems = []
     for change in changes:
@@ -93,8 +88,7 @@ def check_changes(
             problems.append(
                 f"{change.describe()}: other data needs a phase of its own (`data.phases`), which is not there yet"
             )
-    if problems:
-        raise ConfigError(f"{what}; {len(problems)} refused:", problems)
+    return problems
 
 
 def _flat(value: object, path: str = "") -> dict[str, Any]:

@@ -32,10 +32,20 @@ from orchestrator.events import (
     read_events,
 )
 from orchestrator.files import JsonLines
-from orchestrator.plan import TrainingPlan
+from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.retention import expendable
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.version import VERSION
+
+
+def mark_left_over(run: RunDirectory, notes: JsonLines, is_owner: Callable[[], bool] = lambda: True) -> None:
+    """Mark what the newest attempt's ranks had put on disk whole when their supervisor was lost.
+
+    For a supervisor before its own first ranks start.
+    """
+    attempts = [attempt for attempt in run.attempts() if attempt.plan.exists()]
+    if attempts and attempts[-1].read_outcome() is None:
+        CheckpointKeeper(run, attempts[-1], read_plan(attempts[-1].plan), notes, is_owner).look()
 
 
 class CheckpointKeeper:
@@ -78,7 +88,9 @@ class CheckpointKeeper:
             elif isinstance(event, ValidationEvent):
                 self._losses[event.step] = event.loss
             elif isinstance(event, DamageEvent):
-                mark_damaged(read_checkpoint(self._run.checkpoint_path(event.name)), event.problems, event.time)
+                path = self._run.checkpoint_path(event.name)
+                if (path / MARKER).exists():  # not deleted meanwhile
+                    mark_damaged(path, event.problems, event.time)
             elif isinstance(event, SaveEvent):
                 self._waiting.append(event)
         for save in list(self._waiting):

@@ -12,6 +12,7 @@ branch of the newest start. What a rank of a lost start writes is never marked. 
 """
 
 import dataclasses
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -163,10 +164,9 @@ def read_parts(path: Path, world_size: int) -> list[RankPart] | None:
     Raises:
         CheckpointError: a rank's record is not one of this version.
     """
-    records = [path / part_record(rank) for rank in range(world_size)]
-    if not all(record.exists() for record in records):
-        return None
-    return [_decode(RankPart, record) for record in records]
+    there = {entry.name for entry in path.iterdir()} if path.exists() else set()  # one request, not one a rank
+    records = [part_record(rank) for rank in range(world_size)]
+    return [_decode(RankPart, path / record) for record in records] if there.issuperset(records) else None
 
 
 def mark_complete(path: Path, facts: CheckpointFacts, parts: Sequence[RankPart]) -> Checkpoint:
@@ -180,8 +180,8 @@ def mark_complete(path: Path, facts: CheckpointFacts, parts: Sequence[RankPart])
         found = (path / name).stat().st_size if (path / name).exists() else None
         if found != wanted.bytes:
             raise CheckpointError(f"{path / name} should have {wanted.bytes} bytes, found {found}; it was not marked")
-    write_json(path / INDEX, to_plain(merge_tensors(parts)), indent=None)
-    files[INDEX] = FileFacts(bytes=(path / INDEX).stat().st_size, sha256=sha256_of(path / INDEX))
+    index = write_json(path / INDEX, to_plain(merge_tensors(parts)), indent=None)
+    files[INDEX] = FileFacts(bytes=len(index), sha256=hashlib.sha256(index).hexdigest())
     sync_folder(path.parent)  # the ranks made the folder; write_json flushes its entries
     write_marker(path, facts, files)
     return Checkpoint(path=path, facts=facts, files=files)
@@ -326,9 +326,9 @@ def damage(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> list[s
     return found
 
 
-def mark_damaged(checkpoint: Checkpoint, problems: Sequence[str], time: float) -> None:
+def mark_damaged(path: Path, problems: Sequence[str], time: float) -> None:
     """Have readers leave a checkpoint out from now on; removing damaged.json brings it back."""
-    write_json(checkpoint.path / DAMAGED, {"time": time, "problems": list(problems)})
+    write_json(path / DAMAGED, {"time": time, "problems": list(problems)})
 
 
 def foreign(facts: CheckpointFacts, model: TransformerShape, tokenizer_sha256: str, data_fingerprint: str) -> list[str]:

@@ -62,14 +62,17 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> RunSettings:
     return _settings(_merge(_defaults(), chosen), overrides, f"recipe {recipe}")
 
 
-def recompose(settings: RunSettings, overrides: Sequence[str]) -> RunSettings:
-    """Return a run's settings with overrides, checked as a whole; defaults and recipes of today count no more.
+def recompose(settings: RunSettings, overrides: Sequence[str], *, is_checked: bool = True) -> RunSettings:
+    """Return a run's settings with overrides; defaults and recipes of today count no more.
+
+    Args:
+        is_checked: whether what `settings_problems` finds is an error; otherwise the caller asks it.
 
     Raises:
         ConfigError: every problem of the configuration at once.
     """
     resolved = typing.cast(DictConfig, OmegaConf.create(_as_text(to_plain(settings))))
-    return _settings(_with_groups(resolved, overrides), overrides, f"run {settings.name}")
+    return _settings(_with_groups(resolved, overrides), overrides, f"run {settings.name}", is_checked=is_checked)
 
 
 def _with_groups(chosen: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -80,7 +83,7 @@ def _with_groups(chosen: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return chosen
 
 
-def _settings(merged: DictConfig, overrides: Sequence[str], what: str) -> RunSettings:
+def _settings(merged: DictConfig, overrides: Sequence[str], what: str, *, is_checked: bool = True) -> RunSettings:
     problems: list[str] = []
     for override in overrides:
         if override.partition("=")[0] not in GROUPS:
@@ -90,7 +93,7 @@ def _settings(merged: DictConfig, overrides: Sequence[str], what: str) -> RunSet
     except OmegaConfBaseException as error:
         raise ConfigError(f"{what} cannot be resolved: {error}") from error
     settings = from_plain(RunSettings, plain, "", problems)
-    if settings is not None and not problems:
+    if settings is not None and not problems and is_checked:
         problems += settings_problems(settings)
     if settings is None or problems:
         raise ConfigError(f"{what} cannot be run as it is; {len(problems)} to mend:", problems)

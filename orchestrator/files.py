@@ -61,13 +61,15 @@ def create_json(path: Path, value: object) -> None:
     sync_folder(path.parent)
 
 
-def write_json(path: Path, value: object, *, indent: int | None = 2) -> None:
-    """Write a JSON file atomically, its keys in the order given, with a final newline.
+def write_json(path: Path, value: object, *, indent: int | None = 2) -> bytes:
+    """Write a JSON file atomically, its keys in the order given, with a final newline; return what was written.
 
     Args:
         indent: None writes it in one line, for large ones that programs read.
     """
-    write_atomic(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+    content = (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode()
+    write_atomic(path, content)
+    return content
 
 
 def read_json(path: Path) -> Any:

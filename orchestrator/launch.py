@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from orchestrator.changes import OF_A_BRANCH, changes_between, check_changes
+from orchestrator.changes import OF_A_BRANCH, change_problems, changes_between
 from orchestrator.checkpoints import Checkpoint, checkpoint_name, foreign, write_marker
 from orchestrator.config import to_yaml
 from orchestrator.errors import CheckpointError, ConfigError, OrchestrateError, RunError
@@ -65,7 +65,9 @@ def check_branch(plan: TrainingPlan, branch: BranchPoint, manifests: list[Datase
     fingerprint = data_fingerprint(settings.data, manifests, settings.training.seed)
     changes = changes_between(read_plan(branch.run.plan).settings, settings)
     is_same_data = fingerprint == checkpoint.facts.data_fingerprint
-    check_changes(changes, what, is_same_data=is_same_data, own_fields=OF_A_BRANCH)
+    refused = change_problems(changes, is_same_data=is_same_data, own_fields=OF_A_BRANCH)
+    if refused:
+        raise ConfigError(f"{what}; {len(refused)} refused:", refused)
     problems = foreign(checkpoint.facts, settings.model, manifests[0].tokenizer_sha256, fingerprint)
     if problems:
         raise CheckpointError(f"{what}:", problems)
@@ -76,8 +78,11 @@ def check_branch(plan: TrainingPlan, branch: BranchPoint, manifests: list[Datase
         )
 
 
-def check_disk(plan: TrainingPlan, runs: Path) -> None:
+def check_disk(plan: TrainingPlan, runs: Path, held_bytes: int = 0) -> None:
     """Refuse a run whose checkpoints have no room; a quota is not seen here, only when it is met.
+
+    Args:
+        held_bytes: what the run's checkpoints take already.
 
     Raises:
         ConfigError: too few bytes or inodes are free.
@@ -87,10 +92,11 @@ def check_disk(plan: TrainingPlan, runs: Path) -> None:
     free, facts = shutil.disk_usage(there).free, os.statvfs(there)
     files = count * (2 * plan.layout.world_size + 4)
     problems = []
-    if free < count * plan.checkpoint_bytes:
+    needed = max(plan.checkpoint_bytes, count * plan.checkpoint_bytes - held_bytes)
+    if free < needed:
         problems.append(
-            f"{count} checkpoints of {format_bytes(plan.checkpoint_bytes)} at once need "
-            f"{format_bytes(count * plan.checkpoint_bytes)}, {there} has {format_bytes(free)} free; keep fewer "
+            f"{count} checkpoints of {format_bytes(plan.checkpoint_bytes)} at once need {format_bytes(needed)}"
+            f"{' more' if held_bytes else ''}, {there} has {format_bytes(free)} free; keep fewer "
             "(checkpoint.keep_last, keep_every_steps), free space, or choose another paths.runs"
         )
     if facts.f_files and facts.f_favail < files:

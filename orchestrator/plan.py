@@ -73,8 +73,8 @@ def static_bytes(settings: RunSettings, layout: ParallelLayout) -> int:
     """Return the bytes of weights, gradients and optimizer on the rank that holds most.
 
     A parameter takes 6 bytes (bf16 weight, fp32 gradient) and 12 of optimizer (fp32 master and two
-    moments) over DP ranks with the distributed optimizer; in fp32 8 and 12, since megatron keeps the
-    master copy there as well.
+    moments) over DP ranks with the distributed optimizer; in fp32 8 and 8, since megatron's master is the
+    weight itself there (0.16.1: a view of it).
     """
     shape = settings.model
     embedding = shape.vocab_size * shape.hidden_size
@@ -84,8 +84,8 @@ def static_bytes(settings: RunSettings, layout: ParallelLayout) -> int:
     else:
         held = layers + embedding + shape.hidden_size
     held //= layout.tensor_parallel
-    resident = 8 if settings.training.precision == "fp32" else 6
-    return int(held * (resident + 12 / layout.data_parallel))
+    resident, shared = (8, 8) if settings.training.precision == "fp32" else (6, 12)
+    return int(held * (resident + shared / layout.data_parallel))
 
 
 def write_plan(path: Path, plan: TrainingPlan) -> None:

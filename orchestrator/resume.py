@@ -4,17 +4,18 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.changes import Change, changes_between, check_changes
+from orchestrator.changes import Change, change_problems, changes_between
 from orchestrator.checkpoints import Checkpoint, complete_checkpoints, foreign
+from orchestrator.checks import settings_problems
 from orchestrator.config import recompose, to_yaml
-from orchestrator.errors import CheckpointError, RunError
+from orchestrator.errors import CheckpointError, ConfigError, DataError, RunError
 from orchestrator.files import file_mask, new_folder, read_json, write_atomic, write_json
 from orchestrator.launch import check_disk, check_inputs
 from orchestrator.plan import TrainingPlan, make_plan, read_plan, write_plan
 from orchestrator.provenance import provenance, snapshot_code, upgrades_since
 from orchestrator.reconcile import ENDED, State
 from orchestrator.run_directory import CODE, CONFIG, FILE_MASK, PLAN, PROVENANCE, RunDirectory
-from orchestrator.settings import Rule
+from orchestrator.settings import Rule, RunSettings
 from orchestrator.slurm.submission import check_scheduler, submit
 from orchestrator.status import RunStatus, read_status
 from orchestrator.tokenize.manifest import read_manifest
@@ -52,8 +53,15 @@ def prepare_resume(run: RunDirectory, overrides: Sequence[str] = (), *, allow_up
     number = len(run.resumes()) + 1
     status = read_status(run)
     before = read_plan(run.plan)
-    plan = make_plan(recompose(before.settings, overrides)) if overrides else before
-    changes = changes_between(before.settings, plan.settings)
+    settings = recompose(before.settings, overrides, is_checked=False)
+    changes = changes_between(before.settings, settings)
+    existing = complete_checkpoints(run)
+    checkpoint = existing[-1] if existing else None
+    is_same_data = checkpoint is not None and _is_data_of(settings, checkpoint)
+    problems = [*change_problems(changes, is_same_data=is_same_data), *settings_problems(settings)]
+    if problems:
+        raise ConfigError(f"run {run.name} cannot be resumed so; {len(problems)} to mend:", problems)
+    plan = make_plan(settings) if changes else before
     if status.state == State.FINISHED and plan.total_steps <= before.total_steps:
         raise RunError(
             f"run {run.name} has done all its {status.total_steps} steps; export it with `orchestrate export "
@@ -64,25 +72,18 @@ def prepare_resume(run: RunDirectory, overrides: Sequence[str] = (), *, allow_up
             f"run {run.name} is {status.state}; cancel it first, or follow it with `orchestrate logs {run.name}`"
         )
     check_scheduler(plan)
-    existing = complete_checkpoints(run)
-    checkpoint = existing[-1] if existing else None
     check_inputs(plan, needs_base=checkpoint is None)
-    fingerprint, tokenizer = _data_identity(plan) if checkpoint is not None else ("", "")
-    check_changes(
-        changes,
-        f"run {run.name} cannot be resumed so",
-        is_same_data=checkpoint is not None and fingerprint == checkpoint.facts.data_fingerprint,
-    )
     if checkpoint is not None:
         if plan.total_steps <= checkpoint.step:
             raise RunError(
                 f"run {run.name} has done {checkpoint.step} steps already, training.tokens="
                 f"{plan.settings.training.tokens} are {plan.total_steps}; give more"
             )
+        fingerprint, tokenizer = _data_identity(plan.settings)
         problems = foreign(checkpoint.facts, plan.settings.model, tokenizer, fingerprint)
         if problems:
             raise CheckpointError(f"checkpoint {checkpoint.name} is not of this run's model and data:", problems)
-    check_disk(plan, run.path)
+    check_disk(plan, run.path, sum(checkpoint.size_bytes for checkpoint in existing))
     upgrades = upgrades_since(read_json(run.provenance)) if run.provenance.exists() else []
     if upgrades and not allow_upgrade:
         raise RunError(
@@ -154,10 +155,17 @@ def notes_on(prepared: Resumption) -> list[str]:
     return notes
 
 
-def _data_identity(plan: TrainingPlan) -> tuple[str, str]:
-    """Return the fingerprint of a plan's data sets and of their tokenizer."""
+def _is_data_of(settings: RunSettings, checkpoint: Checkpoint) -> bool:
+    """Return whether the data sets are those of a checkpoint, wherever they lie."""
+    try:
+        return _data_identity(settings)[0] == checkpoint.facts.data_fingerprint
+    except DataError:
+        return False
+
+
+def _data_identity(settings: RunSettings) -> tuple[str, str]:
+    """Return the fingerprint of the data sets and of their tokenizer."""
     from megatron_solar.sample_order import data_fingerprint  # imports numpy
 
-    settings = plan.settings
     manifests = [read_manifest(Path(folder)) for folder in settings.data.train]
     return data_fingerprint(settings.data, manifests, settings.training.seed), manifests[0].tokenizer_sha256

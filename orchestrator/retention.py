@@ -26,7 +26,7 @@ def expendable(
     kept = set(steps[-max(UNTOUCHABLE, settings.keep_last) :])
     if settings.keep_every_steps:
         kept |= {step for step in steps if step % settings.keep_every_steps == 0}
-    kept |= best_steps(branch, settings.keep_best)
+    kept |= {checkpoint.step for checkpoint in best_checkpoints(branch, settings.keep_best)}
     stays = {checkpoint.name for checkpoint in branch if checkpoint.step in kept}
     on_branch, complete = {c.name for c in branch}, {c.name for c in marked}
     found = {}
@@ -43,14 +43,14 @@ def expendable(
     return found
 
 
-def best_steps(checkpoints: Sequence[Checkpoint], count: int) -> set[int]:
-    """Return the steps of the checkpoints with the lowest held-out losses."""
+def best_checkpoints(checkpoints: Sequence[Checkpoint], count: int) -> list[Checkpoint]:
+    """Return those with the lowest held-out losses, the best first; of equal ones the earlier."""
     measured = [
-        (checkpoint.facts.validation_loss, checkpoint.step)
+        (checkpoint.facts.validation_loss, checkpoint.step, checkpoint)
         for checkpoint in checkpoints
         if checkpoint.facts.validation_loss is not None
     ]
-    return {step for _, step in sorted(measured)[:count]}
+    return [checkpoint for _, _, checkpoint in sorted(measured, key=lambda entry: entry[:2])[:count]]
 
 
 def kept_at_most(total_steps: int, settings: CheckpointSettings) -> int:

@@ -176,6 +176,11 @@ class RunDirectory:
         return self.path / "supervisor.lock"
 
     @property
+    def reserve(self) -> Path:
+        """Space that the supervisor keeps, and gives back to say on a full disk what happened."""
+        return self.path / "reserve"
+
+    @property
     def mlflow_lock(self) -> Path:
         """Names the shipper at work; there only while it is."""
         return self.path / "mlflow.lock"

@@ -21,6 +21,7 @@ from orchestrator.exit_codes import Cause
 from orchestrator.files import read_json
 from orchestrator.plan import read_plan
 from orchestrator.reconcile import ENDED, JobAnswer, RunRecords, State, reconcile
+from orchestrator.retention import best_checkpoints
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.slurm.scheduler import ask
 
@@ -68,6 +69,10 @@ class RunStatus:
     """Unix time of the newest event of the ranks."""
     last_checkpoint: str | None
     last_checkpoint_step: int | None
+    checkpoints: int
+    """Complete ones of the surviving trajectory that are kept."""
+    best_checkpoint: str | None
+    """The one with the lowest held-out loss, where it was measured."""
     seconds_left: float | None
     """At the speed of the last steps."""
     layout: str
@@ -115,6 +120,8 @@ def read_status(run: RunDirectory) -> RunStatus:
         last_event=events[-1].time if events else None,
         last_checkpoint=checkpoints[-1].name if checkpoints else None,
         last_checkpoint_step=checkpoints[-1].step if checkpoints else None,
+        checkpoints=len(checkpoints),
+        best_checkpoint=best[0].name if (best := best_checkpoints(checkpoints, 1)) else None,
         seconds_left=left,
         layout=plan.layout.describe(),
         attempt_list=tuple(

@@ -22,12 +22,12 @@ from typing import Any
 import psutil
 
 from orchestrator import exit_codes
-from orchestrator.checkpoint_keeper import CheckpointKeeper
+from orchestrator.checkpoint_keeper import CheckpointKeeper, mark_left_over
 from orchestrator.checkpoints import complete_checkpoints
-from orchestrator.errors import RunError
+from orchestrator.errors import OrchestrateError, RunError
 from orchestrator.events import CheckpointEvent, StartEvent, StepEvent, read_events
 from orchestrator.exit_codes import CAUSE_OF_CODE, Cause
-from orchestrator.files import JsonLines, is_full, read_json, write_json
+from orchestrator.files import JsonLines, is_full, read_json, write_atomic, write_json
 from orchestrator.owner_lock import OwnedLock, acquire
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.recovery import Action, Decision, Ending, decide
@@ -42,6 +42,8 @@ LOCK_STALE_SECONDS = 60.0
 PEER_GRACE_SECONDS = 5.0
 """How long ranks have to end by themselves after the first one failed, so that each can say why."""
 SHIPPER_SECONDS = 120.0
+RESERVE_BYTES = 1 << 18
+"""Kept on the disk for the outcome of a run that filled it."""
 
 log = logging.getLogger("supervisor")
 
@@ -74,6 +76,8 @@ class Supervisor:
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._hear)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if not self._run.reserve.exists():
+            write_atomic(self._run.reserve, os.urandom(RESERVE_BYTES))  # zeros may take no space
         try:
             while True:
                 decision = self._attempt()
@@ -101,11 +105,16 @@ class Supervisor:
         write_json(attempt.job, self._job_record(started))
         log.info("attempt %d starts %d ranks", attempt.number, self._plan.layout.world_size)
         notes = JsonLines(attempt.supervisor_events)
+        try:
+            mark_left_over(self._run, notes, self._lock.is_mine)
+        except OrchestrateError as error:
+            log.warning("what the attempt before has left is not marked: %s", error)
         keeper = CheckpointKeeper(self._run, attempt, self._plan, notes, self._lock.is_mine)
         shipper = self._start_shipper(attempt)
         watched = self._watch(attempt, keeper)
         if watched.cause == Cause.DISK_FULL:
-            keeper.discard_unfinished()  # the outcome needs room
+            self._run.reserve.unlink(missing_ok=True)  # the outcome needs room
+            keeper.discard_unfinished()
         steps = [event.step for _, event in read_events(attempt.events) if isinstance(event, StartEvent | StepEvent)]
         ending = Ending(cause=watched.cause, saved_step=newest_step(self._run))
         history = self._history(attempt)
@@ -254,6 +263,7 @@ class Supervisor:
         if self._run.cancel_mark.exists():
             log.info("cancelled meanwhile; does not go on")
             return
+        self._lock.release()  # for the supervisor of the next job
         job = os.environ.get("SLURM_JOB_ID")
         if job is None:
             log.info("goes on as job %s", submit(self._run, by="supervisor"))
@@ -317,7 +327,10 @@ def explain(attempt: AttemptDirectory, first: dict[int, int], codes: dict[int, i
         return Watched(cause=Cause.FINISHED, message="all steps are done", rank=None, host=None, exit_codes=codes)
     if set(codes.values()) == {exit_codes.SAVED_AND_LEFT} and asked:
         return Watched(cause=Cause(asked), message="saved and left", rank=None, host=None, exit_codes=codes)
-    return Watched(cause=Cause.EXCEPTION, message=f"ranks ended with {codes}", rank=None, host=None, exit_codes=codes)
+    failed = next((rank for rank, code in sorted(first.items()) if code in CAUSE_OF_CODE and code), None)
+    cause = Cause.EXCEPTION if failed is None else CAUSE_OF_CODE[first[failed]]
+    message = f"ranks ended with {codes} and left no record"
+    return Watched(cause=cause, message=message, rank=failed, host=None, exit_codes=codes)
 
 
 def main(path: str) -> int:

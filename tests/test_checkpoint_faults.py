@@ -22,6 +22,7 @@ from megatron_solar.checkpoint import CheckpointWriter, OwnedPiece
 from megatron_solar.pieces import Rectangle
 from megatron_solar.train import check_room
 from orchestrator import exit_codes
+from orchestrator.checkpoint_keeper import mark_left_over
 from orchestrator.checkpoints import (
     MARKER,
     Checkpoint,
@@ -35,6 +36,7 @@ from orchestrator.checkpoints import (
 )
 from orchestrator.errors import DiskFullError
 from orchestrator.events import (
+    CheckpointEvent,
     DamageEvent,
     RemovedEvent,
     RepeatEvent,
@@ -43,7 +45,7 @@ from orchestrator.events import (
     StepEvent,
     read_events,
 )
-from orchestrator.files import read_json, write_json
+from orchestrator.files import JsonLines
 from orchestrator.plan import TrainingPlan, make_plan, write_plan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.slurm.ranks import Ranks
@@ -276,19 +278,47 @@ def test_a_foreign_checkpoint_is_refused_by_name(
     assert steps_done(attempt) == {}
 
 
-def test_a_checkpoint_of_another_tokenizer_is_refused_by_name(
-    trainer: Trainer, trained: tuple[RunDirectory, TrainingPlan, list[float]]
+def test_a_checkpoint_of_another_tokenizer_or_of_other_text_is_refused_by_name(
+    trainer: Trainer, trained: tuple[RunDirectory, TrainingPlan, list[float]], tmp_path: Path, tokenizer: Path
 ) -> None:
-    run, plan = trainer.make_run(*DP2)
+    import sentencepiece
+
+    from orchestrator.tokenize.stage import tokenize_corpus
+
+    text = tmp_path / "text.txt"
+    text.write_text(Path(dataclasses.__file__).read_text())
+    with (tmp_path / "other.model").open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text.read_text().splitlines()), model_writer=model, vocab_size=400, minloglevel=2
+        )
+    # Real runs on other data: one of them reads this run's checkpoint, as if it had been copied there.
     foreign = complete_checkpoints(trained[0])[-1]
-    copied = run.checkpoint_path(foreign.name)
-    shutil.copytree(foreign.path, copied)
-    marker = read_json(copied / MARKER)
-    marker["facts"]["tokenizer_sha256"] = "0" * 64
-    write_json(copied / MARKER, marker)
-    attempt, ranks = trainer.start(run, plan)
-    assert set(trainer.wait(run, attempt, ranks)) == {exit_codes.BAD_CHECKPOINT}
-    assert "its data was made with tokenizer 000000000000" in attempt.rank_log(0).read_text()
+    for vocabulary, problem in (
+        (tmp_path / "other.model", "its data was made with tokenizer "),
+        (tokenizer, "put the data sets back as they were"),
+    ):
+        data = tmp_path / f"data-{vocabulary.name}"
+        tokenize_corpus([text], vocabulary, data, progress=False)
+        run, plan = trainer.make_run(*DP2, f"data.train={data}", "data.validation=[]", steps=2)
+        shutil.copytree(foreign.path, run.checkpoint_path(foreign.name))
+        attempt, ranks = trainer.start(run, plan)
+        assert set(trainer.wait(run, attempt, ranks)) == {exit_codes.BAD_CHECKPOINT}
+        assert problem in attempt.rank_log(0).read_text()
+        assert steps_done(attempt) == {}
+
+
+def test_what_ranks_had_written_when_their_supervisor_was_lost_is_marked_by_the_next_one(trainer: Trainer) -> None:
+    run, plan = trainer.make_run(*DP2, "checkpoint.interval_steps=2", steps=4)
+    _, ranks = trainer.start(run, plan)
+    assert {process.wait(timeout=120) for process in ranks._processes.values()} == {0}
+    assert complete_checkpoints(run) == []  # nobody was there to mark them
+    told_to = run.path / "notes.jsonl"
+    notes = JsonLines(told_to)
+    mark_left_over(run, notes)
+    notes.close()
+    assert [(c.step, c.attempt) for c in complete_checkpoints(run)] == [(0, 1), (2, 1), (4, 1)]
+    told = [event.name for _, event in read_events(told_to) if isinstance(event, CheckpointEvent)]
+    assert told == [checkpoint_name(step, 1) for step in (0, 2, 4)]
 
 
 # Ranks of a start that was given up, and are not dead.

@@ -124,7 +124,7 @@ def test_a_branch_goes_through_starts_whose_own_checkpoints_are_gone(run: RunDir
 def test_a_damaged_checkpoint_is_left_out_until_its_mark_is_removed(run: RunDirectory) -> None:
     write_checkpoint(run, 10)
     newest = write_checkpoint(run, 20)
-    mark_damaged(newest, ["a file is missing"], 1.0)
+    mark_damaged(newest.path, ["a file is missing"], 1.0)
     assert steps(run) == [(10, 1)]
     (newest.path / "damaged.json").unlink()
     assert steps(run) == [(10, 1), (20, 1)]

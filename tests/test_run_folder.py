@@ -1,5 +1,6 @@
 """Launched runs whose folder is the truth: one supervisor, a full disk, an edited checkout, resumes and branches."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -110,10 +111,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, but_bytes: int) -> None:
-    """Take all space of a disk but so much, at once."""
-    with (disk / "ballast").open("ab") as stream:
-        free = shutil.disk_usage(disk).free - but_bytes
-        os.posix_fallocate(stream.fileno(), stream.tell(), free)
+    """Take all space of a disk but so much, while others write to it."""
+    with (disk / "ballast").open("ab", buffering=0) as stream:
+        with contextlib.suppress(OSError):  # somebody else was faster
+            os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(disk).free - but_bytes)
+        if but_bytes == 0:
+            with contextlib.suppress(OSError):
+                stream.seek(0, os.SEEK_END)
+                while True:
+                    stream.write(bytes(4096))
 
 
 def test_a_disk_that_is_full_before_a_save_ends_the_run_with_its_cause_and_a_resume_goes_on(

@@ -115,8 +115,8 @@ def test_a_layout_says_what_it_is() -> None:
     [
         # bf16 at TP 2, DP 128: half of 10.73 G parameters at 6 + 12/128 bytes.
         ((), 10_731_524_096 / 2 * (6 + 12 / 128) / 1e9),
-        # fp32, one rank of everything: 20 bytes a parameter.
-        (("cluster=local", "layout.tensor_parallel=1", "training.precision=fp32"), 10_731_524_096 * 20 / 1e9),
+        # fp32, one rank of everything: weight, gradient and two moments, 16 bytes a parameter.
+        (("cluster=local", "layout.tensor_parallel=1", "training.precision=fp32"), 10_731_524_096 * 16 / 1e9),
         # PP 4: a quarter of the layers, one of the two embeddings, the last norm.
         (("layout.pipeline_parallel=4",), (12 * 218_112_000 + 131_072_000 + 4096) / 2 * (6 + 12 / 32) / 1e9),
     ],

@@ -9,14 +9,17 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestrator import exit_codes
 from orchestrator.checkpoints import complete_checkpoints
 from orchestrator.errors import RunError
+from orchestrator.exit_codes import Cause
 from orchestrator.files import read_json
 from orchestrator.launch import cancel
 from orchestrator.reconcile import State
 from orchestrator.resume import prepare_resume, resume
-from orchestrator.run_directory import RunDirectory
+from orchestrator.run_directory import RunDirectory, create_run
 from orchestrator.slurm.scheduler import local_process, warn_of_time_limit
+from orchestrator.slurm.supervisor import explain
 from orchestrator.status import read_status
 from tests.launched import processes_of, step_of, wait_for, wait_to_end
 
@@ -152,3 +155,12 @@ def test_a_local_time_limit_is_real(start: Callable[..., RunDirectory]) -> None:
     assert (outcome["cause"], outcome["action"]) == ("time_limit", "requeue")
     cancel(run)
     assert wait_to_end(run).state == State.CANCELLED
+
+
+def test_ranks_that_could_leave_no_record_are_told_by_their_exit_codes(tmp_path: Path) -> None:
+    attempt = create_run(tmp_path, "a-run").new_attempt()
+    codes = {0: exit_codes.EXCEPTION, 1: exit_codes.DISK_FULL}
+    found = explain(attempt, {1: exit_codes.DISK_FULL}, codes, "")
+    assert (found.cause, found.rank) == (Cause.DISK_FULL, 1)
+    assert "left no record" in found.message
+    assert explain(attempt, {0: 99}, {0: 99}, "").cause == Cause.EXCEPTION

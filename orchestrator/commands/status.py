@@ -67,13 +67,18 @@ def show_status(status: "RunStatus") -> None:
     if status.tokens_per_second is not None and status.tflops_per_gpu is not None and status.mfu is not None:
         speed = (f"{format_count(status.tokens_per_second)} tokens/s, {status.tflops_per_gpu:.3g} TFLOP/s a rank, "
                  f"MFU {status.mfu:.1%} (causal half)")  # fmt: skip
+    checkpoint = status.last_checkpoint or "none yet"
+    if status.checkpoints > 1:
+        checkpoint += f", {status.checkpoints} are kept"
+        if status.best_checkpoint is not None:
+            checkpoint += f", lowest held-out loss in {status.best_checkpoint}"
     facts = [
         ("state", f"{status.state}" + (f": {status.reason}" if status.reason else "")),
         ("step", f"{status.step:,} of {status.total_steps:,}, {format_count(status.consumed_tokens)} tokens"),
         ("loss", f"{number(status.loss, '.4f')}, held-out {held_out}"),
         ("speed", speed),
         ("layout", status.layout),
-        ("checkpoint", status.last_checkpoint or "none yet"),
+        ("checkpoint", checkpoint),
         ("folder", str(status.path)),
     ]
     if status.last_event is not None and status.state == "RUNNING":
