@@ -10,12 +10,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 from orchestrator.errors import OrchestrateError
 from orchestrator.plan import TrainingPlan, write_plan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.slurm.submission import code_environment
 
 PRELOAD_SECONDS = 180
+SOCKET_FOLDER = "orchestrate-preload-"
 DETERMINISTIC = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # torch asks for it
     "NCCL_ALGO": "Ring",  # sums in one order; megatron-core's deterministic mode asks for it
@@ -28,7 +31,9 @@ class Preload:
     """The process that has imported torch and megatron and forks CPU ranks; ends with this one."""
 
     def __init__(self, run: RunDirectory, plan: TrainingPlan) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="orchestrate-"))  # a socket's path has 107 characters at most
+        _sweep()
+        # In the temporary folder, since a socket's path has 107 characters at most.
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{SOCKET_FOLDER}{os.getpid()}-"))
         self.socket = self._folder / "preload"
         self._log = run.jobs / "preload.log"
         with self._log.open("ab") as log:
@@ -67,6 +72,15 @@ class Preload:
         self._process.kill()
         self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _sweep() -> None:
+    """Remove the socket folders of this user's supervisors that were killed before they could."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SOCKET_FOLDER}[0-9]*-*"):
+        with contextlib.suppress(OSError, ValueError):
+            owner = int(folder.name.removeprefix(SOCKET_FOLDER).partition("-")[0])
+            if folder.stat().st_uid == os.getuid() and not psutil.pid_exists(owner):
+                shutil.rmtree(folder)
 
 
 class Ranks:

@@ -52,14 +52,21 @@ def problem_of(arguments: list[str]) -> str:
         return "" if arguments[0] in ("--help", "-h", "--version") else f"no option {arguments[0]}"
     if arguments[0] not in COMMANDS:
         return f"no command {arguments[0]}"
-    parent = click.Context(group)
-    command = group.get_command(parent, arguments[0])
-    assert command is not None
+    return problem_within(group, click.Context(group), arguments)
+
+
+def problem_within(commands: click.Group, parent: click.Context, arguments: list[str]) -> str:
+    """Return what a group would refuse of the name of a command of it and its arguments, or nothing."""
+    command = commands.get_command(parent, arguments[0])
+    if command is None:
+        return f"no command {arguments[0]}"
     context = click.Context(command, parent=parent, info_name=arguments[0])
     try:
         _, rest, _ = command.make_parser(context).parse_args(arguments[1:])
     except click.UsageError as error:
         return error.format_message()
+    if isinstance(command, click.Group) and rest:
+        return problem_within(command, context, rest)
     return f"left over: {rest}" if rest else ""
 
 
@@ -80,6 +87,8 @@ def test_every_command_line_in_the_documents_is_accepted() -> None:
         (["lunch", "demo"], "no command lunch"),
         (["launch", "demo", "--nodes", "4", "--wrong"], "No such option"),
         (["status", "last", "more"], "left over: ['more']"),
+        (["sandbox", "begin"], "no command begin"),
+        (["sandbox", "start", "--knots", "4"], "No such option"),
     ],
 )
 def test_a_command_line_that_does_not_exist_is_found(arguments: list[str], problem: str) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sqlite3
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from orchestrator.launch import cancel
 from orchestrator.reconcile import State
 from orchestrator.resume import prepare_resume, resume
 from orchestrator.run_directory import RunDirectory, create_run
+from orchestrator.slurm.ranks import SOCKET_FOLDER
 from orchestrator.slurm.scheduler import local_process, warn_of_time_limit
 from orchestrator.slurm.supervisor import explain
 from orchestrator.status import read_status
@@ -137,14 +139,17 @@ def test_a_supervisor_that_is_killed_takes_its_ranks_along_and_the_run_can_be_re
     process = local_process(run)
     assert process is not None and ranks
     os.kill(process.pid, signal.SIGKILL)
+    left = Path(tempfile.gettempdir()) / f"{SOCKET_FOLDER}{process.pid}-"
     psutil.wait_procs(ranks, timeout=20)
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
     wait_for("the job's end", lambda: local_process(run) is None, run)
     status = read_status(run)
     assert status.state == State.FAILED
     assert "supervisor_lost" in status.reason
+    assert list(left.parent.glob(f"{left.name}*"))  # killed, it could not remove its socket's folder
     resume(run, prepare_resume(run), "a test")
     assert wait_to_end(run).state == State.FINISHED
+    assert not list(left.parent.glob(f"{left.name}*"))  # the next supervisor did
 
 
 def test_a_local_time_limit_is_real(start: Callable[..., RunDirectory]) -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "logs": "Show what the ranks of a run wrote.",
     "cancel": "End a run, saving first.",
     "resume": "Go on with a run that ended.",
+    "sandbox": "Run a real Slurm of many nodes on this machine, to try a launch on.",
     "ui": "Open the run browser.",
     "export": "Write a checkpoint as a Hugging Face folder.",
 }

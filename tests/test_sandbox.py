@@ -1,0 +1,217 @@
+"""A real Slurm of our own: up in a moment, for its owner only, dead nodes and all, and gone without a trace."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator.checkpoints import complete_checkpoints
+from orchestrator.config import compose
+from orchestrator.errors import SchedulerError
+from orchestrator.launch import cancel, launch
+from orchestrator.plan import make_plan
+from orchestrator.reconcile import State
+from orchestrator.run_directory import RunDirectory
+from orchestrator.slurm import sandbox
+from orchestrator.slurm.sandbox import Sandbox
+from orchestrator.status import read_status
+from tests.conftest import REPOSITORY, SMALL
+from tests.launched import step_of, wait_for, wait_to_end
+
+NODES = 4
+NAME = f"test-{os.getpid()}"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Sandbox]:
+    started = sandbox.start(NAME, nodes=NODES)
+    yield started
+    sandbox.stop(NAME)
+
+
+@pytest.fixture
+def slurm(cluster: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+    """The sandbox, with Slurm's commands pointed at it as a person's shell would have them."""
+    monkeypatch.setenv("SLURM_CONF", str(cluster.slurm_conf))
+    return cluster
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s"
+        time.sleep(0.1)
+
+
+def processes_of(cluster: Sandbox) -> list[psutil.Process]:
+    own = [psutil.Process(daemon.process) for daemon in cluster.daemons if psutil.pid_exists(daemon.process)]
+    return own + [child for process in own for child in process.children(recursive=True)]
+
+
+def test_every_node_is_idle_and_gives_its_fake_gpus_to_a_step(cluster: Sandbox) -> None:
+    assert sandbox.node_states(cluster) == dict.fromkeys(sandbox.node_names(NODES), "idle")
+    lines = cluster.ask(
+        "srun", f"--nodes={NODES}", "--gres=gpu:8", "sh", "-c", "echo $(hostname) $CUDA_VISIBLE_DEVICES"
+    )
+    host = os.uname().nodename
+    names = sandbox.node_names(NODES) if cluster.own_namespaces else [host] * NODES
+    assert sorted(lines.splitlines()) == [f"{name} 0,1,2,3,4,5,6,7" for name in names]
+
+
+def test_it_listens_on_the_loopback_interface_and_no_other(cluster: Sandbox) -> None:
+    found = [
+        connection.laddr.ip
+        for process in processes_of(cluster)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(found) >= NODES + 1
+    assert set(found) == {"127.0.0.1"}
+
+
+def test_nobody_else_on_the_machine_gets_in(cluster: Sandbox, tmp_path: Path) -> None:
+    folder = Path(cluster.folder)
+    assert folder.stat().st_mode & 0o077 == 0
+    if os.geteuid():
+        return  # only root can try as somebody else
+    # Even with the configuration in hand, which is no secret: the key and its socket are.
+    leaked = tmp_path / "slurm.conf"
+    shutil.copyfile(cluster.slurm_conf, leaked)
+    for path in (tmp_path, *tmp_path.parents[:-1]):
+        if path.stat().st_uid == os.getuid() and path != Path("/tmp"):
+            path.chmod(path.stat().st_mode | 0o055)
+    other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", f"SLURM_CONF={leaked}"]
+    assert subprocess.run([*other, "test", "-r", str(leaked)], check=False).returncode == 0
+    tried = subprocess.run([*other, "sinfo"], capture_output=True, text=True, timeout=60, check=False)
+    assert tried.returncode
+    assert "authentication error" in tried.stderr
+
+
+def test_two_sandboxes_do_not_disturb_each_other(cluster: Sandbox) -> None:
+    other = sandbox.start(f"{NAME}-b", nodes=2, gpus_per_node=4)
+    try:
+        assert sandbox.node_states(other) == {"n001": "idle", "n002": "idle"}
+        assert other.ask("srun", "--gres=gpu:4", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES").strip() == "0,1,2,3"
+        with pytest.raises(SchedulerError, match="runs already; stop it with"):
+            sandbox.start(f"{NAME}-b", nodes=2)
+    finally:
+        sandbox.stop(f"{NAME}-b")
+    assert sandbox.node_states(cluster) == dict.fromkeys(sandbox.node_names(NODES), "idle")
+
+
+def test_a_stopped_sandbox_leaves_nothing_behind() -> None:
+    name = f"{NAME}-c"
+    started = sandbox.start(name, nodes=2)
+    started.ask("sbatch", "--nodes=2", "--output=/dev/null", "--wrap", "srun sleep 600")
+    wait_until(lambda: set(sandbox.node_states(started).values()) <= {"allocated", "mixed"})
+    everything = processes_of(started)
+    assert len(everything) > len(started.daemons)
+    sandbox.stop(name)
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in everything)
+    assert not Path(started.folder).exists()
+    assert sandbox.find(name) is None
+    with pytest.raises(SchedulerError, match="start one with"):
+        sandbox.stop(name)
+
+
+def test_a_killed_node_takes_what_runs_on_it_along_and_slurm_notices() -> None:
+    name = f"{NAME}-d"
+    started = sandbox.start(name, nodes=2)
+    try:
+        if not started.own_namespaces:
+            pytest.skip("a node that can really die needs root")
+        started.ask("sbatch", "--nodes=2", "--output=/dev/null", "--wrap", "srun sleep 600")
+        daemon = next(daemon for daemon in started.daemons if daemon.name == "n002")
+        node = psutil.Process(daemon.process)
+        wait_until(lambda: any("sleep" in child.name() for child in node.children(recursive=True)))
+        on_it = node.children(recursive=True)
+        sandbox.kill_node(started, "n002")
+        assert psutil.wait_procs(on_it, timeout=10)[1] == []
+        wait_until(lambda: sandbox.node_states(started)["n002"].startswith("down"))
+        with pytest.raises(SchedulerError, match="no living node n002"):
+            sandbox.kill_node(started, "n002")
+    finally:
+        sandbox.stop(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"name": "a/b"}, "letters, digits and dashes"),
+        ({"nodes": 0}, "1 to 512 nodes"),
+        ({"nodes": 1000}, "1 to 512 nodes"),
+    ],
+)
+def test_what_cannot_be_started_is_refused(arguments: dict[str, object], problem: str) -> None:
+    with pytest.raises(SchedulerError, match=problem):
+        sandbox.start(**{"name": f"{NAME}-e", **arguments})  # type: ignore[arg-type]
+
+
+def test_a_machine_without_slurm_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sandbox, "SBIN", ())
+    with pytest.raises(SchedulerError, match="apt-get install --no-install-recommends slurm-wlm munge"):
+        sandbox.start(f"{NAME}-f")
+
+
+def test_the_command_line_starts_shows_and_stops_one() -> None:
+    def orchestrate(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", "orchestrator.commands.main", "sandbox", *arguments, "--name", f"{NAME}-g"],
+            cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    started = orchestrate("start", "--nodes", "2", "--json")
+    assert started.returncode == 0, started.stderr
+    conf = json.loads(started.stdout)["slurm_conf"]
+    shown = json.loads(orchestrate("status", "--json").stdout)
+    assert shown == {"name": f"{NAME}-g", "slurm_conf": conf, "nodes": {"n001": "idle", "n002": "idle"}, "jobs": []}
+    assert "2 idle" in orchestrate("status").stdout
+    assert "is gone" in orchestrate("stop").stdout
+    assert orchestrate("status").returncode == 3
+
+
+# A launch on it, with real ranks.
+
+
+def test_a_launched_job_saves_at_the_warning_is_requeued_by_slurm_and_a_cancel_is_not_undone(
+    slurm: Sandbox, tmp_path: Path, corpus: Path
+) -> None:
+    settings = compose(
+        "demo-base",
+        [
+            *SMALL, f"data.train={corpus / 'train'}", f"data.validation={corpus / 'validation'}",
+            f"paths.runs={tmp_path / 'runs'}", "name=on-slurm", "cluster=sandbox", "cluster.nodes=2",
+            "layout.tensor_parallel=1", "tokens=100000000",
+        ],
+    )  # fmt: skip
+    run = launch(make_plan(settings), "a test")
+    wait_for("step 5", lambda: step_of(run) >= 5, run)
+    (job,) = [record["job_id"] for record in run.submissions()]
+    slurm.ask("scancel", "--batch", "--signal=USR2", str(job))  # what --signal=B:USR2 sends before the time limit
+    wait_for("the second attempt's steps", lambda: len(run.attempts()) == 2 and _has_begun(run), run)
+    first = run.attempts()[0].read_outcome()
+    assert first is not None
+    assert (first["cause"], first["action"]) == ("time_limit", "requeue")
+    records = [attempt.read_job() for attempt in run.attempts()]
+    assert [(record["job_id"], record["restart_count"]) for record in records if record] == [(job, 0), (job, 1)]
+    assert complete_checkpoints(run)[-1].step == first["last_step"]
+
+    cancel(run)
+    status = wait_to_end(run)
+    assert status.state == State.CANCELLED
+    wait_until(lambda: slurm.ask("squeue", "--noheader").strip() == "")
+    time_after = read_status(run)
+    assert (time_after.state, time_after.attempts) == (State.CANCELLED, 2)
+    assert not run.supervisor_lock.exists()
+
+
+def _has_begun(run: RunDirectory) -> bool:
+    return '"kind":"step"' in run.attempts()[1].events.read_text() if run.attempts()[1].events.exists() else False
