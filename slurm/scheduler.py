@@ -43,14 +43,18 @@ def local_process(run: RunDirectory) -> psutil.Process | None:
 
 
 def tell_to_end(run: RunDirectory) -> None:
-    """Send a run's job the signal of a cancellation; the supervisor saves if there is time.
+    """Send a run's supervisor the signal of a cancellation; it has the ranks save, and then ends.
+
+    Under Slurm only the job's main process hears it: a plain scancel would end the ranks at once.
 
     Raises:
         SchedulerError: Slurm refused or did not answer.
     """
     submissions = run.submissions()
     if submissions and submissions[-1]["scheduler"] == "slurm":
-        _run(["scancel", str(submissions[-1]["job_id"])])
+        job = str(submissions[-1]["job_id"])
+        is_running = _ask_slurm(job) == JobAnswer.RUNNING
+        _run(["scancel", *(["--batch", "--signal=TERM"] if is_running else []), job])
         return
     if submissions and submissions[-1]["host"] != socket.gethostname():
         raise SchedulerError(f"run {run.name} runs on {submissions[-1]['host']}; cancel it there")

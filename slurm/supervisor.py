@@ -85,6 +85,9 @@ class Supervisor:
                     continue
                 if decision.action == Action.REQUEUE:
                     self._requeue()
+                if self._run.cancel_mark.exists() and "SLURM_JOB_ID" in os.environ:
+                    # So that Slurm says CANCELLED, and starts what is left of the job in no case again.
+                    subprocess.run(["scancel", os.environ["SLURM_JOB_ID"]], check=False)
                 return 0 if decision.action in (Action.FINISH, Action.REQUEUE) else 1
         finally:
             if self._preload is not None:

@@ -181,7 +181,7 @@ def test_the_command_line_starts_shows_and_stops_one() -> None:
 # A launch on it, with real ranks.
 
 
-def test_a_launched_job_saves_at_the_warning_is_requeued_by_slurm_and_a_cancel_is_not_undone(
+def test_a_launched_job_saves_at_the_warning_is_requeued_by_slurm_and_saves_again_when_it_is_cancelled(
     slurm: Sandbox, tmp_path: Path, corpus: Path
 ) -> None:
     settings = compose(
@@ -207,9 +207,11 @@ def test_a_launched_job_saves_at_the_warning_is_requeued_by_slurm_and_a_cancel_i
     cancel(run)
     status = wait_to_end(run)
     assert status.state == State.CANCELLED
+    assert complete_checkpoints(run)[-1].step == status.step  # it saved before it left
     wait_until(lambda: slurm.ask("squeue", "--noheader").strip() == "")
-    time_after = read_status(run)
-    assert (time_after.state, time_after.attempts) == (State.CANCELLED, 2)
+    assert slurm.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip() == "CANCELLED"
+    later = read_status(run)
+    assert (later.state, later.attempts) == (State.CANCELLED, 2)
     assert not run.supervisor_lock.exists()
 
 
