@@ -60,14 +60,15 @@ def rank_main(rank: int, options: argparse.Namespace, folder: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with cuda_calls_on_cpu():
-        from megatron_solar import compat, train
+        from megatron_solar import compat
+        from megatron_solar.replica import build_replica, weight_source
 
         torch.Tensor.cuda = lambda tensor, *_arguments, **_options: tensor  # type: ignore[method-assign]  # for the peer
         plan = plan_of(options.hidden, options.ranks)
         store = torch.distributed.FileStore(f"{folder}/store", options.ranks)
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks)
         compat.initialize_parallel(plan.layout, 1)
-        replica = train.build_replica(plan, train.weight_source(plan) if compat.data_rank() == 0 else None)
+        replica = build_replica(plan, weight_source(plan) if compat.data_rank() == 0 else None)
         replica.optimizer.prepare_grads()
         for chunk in replica.chunks:
             chunk.zero_grad_buffer()

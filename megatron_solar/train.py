@@ -6,7 +6,6 @@ which all ranks agree, never in a signal handler, and is written while training 
 not finite ends the run before the optimizer has seen it.
 """
 
-import dataclasses
 import functools
 import math
 import os
@@ -21,18 +20,16 @@ import torch.distributed
 from torch import Tensor
 
 from megatron_solar import compat
-from megatron_solar.checkpoint import CheckpointWriter, OwnedPiece, disk_full, load_newest, owned_pieces
+from megatron_solar.checkpoint import CheckpointWriter, disk_full, load_newest
 from megatron_solar.data import Samples, open_samples
-from megatron_solar.model_folder import open_base
-from megatron_solar.weights import RandomWeights, WeightSource, canonical_key, rank_part, read_canonical
+from megatron_solar.replica import Replica, build_replica, weight_source
 from orchestrator.checkpoints import Checkpoint, checkpoint_name, complete_checkpoints, completed_once, foreign
-from orchestrator.errors import CheckpointError, ModelFolderError
+from orchestrator.errors import CheckpointError
 from orchestrator.events import (
     FLOPS_CONVENTION,
     DamageEvent,
     EndEvent,
     Event,
-    RepeatEvent,
     SaveEvent,
     StartEvent,
     StepEvent,
@@ -40,33 +37,17 @@ from orchestrator.events import (
     event_record,
 )
 from orchestrator.files import JsonLines, read_json
-from orchestrator.model_shape import TransformerShape
 from orchestrator.plan import TrainingPlan
-from orchestrator.repeats import recorded_losses
+from orchestrator.repeats import RepeatedSteps, recorded_losses
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.schedule import learning_rate
-from orchestrator.settings import RANDOM_BASE
 
 STOP_REASONS = ("time_limit", "preempted", "cancelled", "stopped")
 """What the supervisor may ask for; all ranks learn the same one."""
 
-PEAK_SECONDS = 0.5
-
 
 class NotFiniteError(ArithmeticError):
     """The loss or the gradient norm is NaN or infinite."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Replica:
-    """What a rank holds: its chunks of the model and its part of the optimizer."""
-
-    chunks: Sequence[Any]
-    optimizer: Any
-    pieces: Sequence[OwnedPiece]
-    """What this rank saves and loads of both."""
-    peak_tflops: float
-    peak_source: str
 
 
 def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, worker_started: float) -> str:
@@ -109,7 +90,8 @@ def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, w
     writer = CheckpointWriter(torch.distributed.get_rank())
     save = functools.partial(_save, run, attempt, plan, replica, samples, writer, tell)
     validate = functools.partial(_validate, plan, replica, samples, tell)
-    repeats = RepeatedSteps(run, attempt, plan, step, tell)
+    earlier = [other for other in run.attempts() if other.number < attempt.number and torch.distributed.get_rank() == 0]
+    repeats = RepeatedSteps(recorded_losses(earlier, plan, step), step, tell)
     if loaded_from == settings.base:
         save(step)  # before anything else, so that no later attempt reads the base again
         validate(step)
@@ -160,52 +142,6 @@ class EventWriter:
             self._lines.append(event_record(event))
 
 
-class RepeatedSteps:
-    """Compares the steps that an earlier attempt had done already with what it recorded; on rank 0 only."""
-
-    def __init__(
-        self, run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, step: int, tell: EventWriter
-    ) -> None:
-        self._tell = tell
-        self._recorded: dict[int, tuple[float, float]] = {}
-        if torch.distributed.get_rank() == 0:
-            earlier = [other for other in run.attempts() if other.number < attempt.number]
-            self._recorded = recorded_losses(earlier, plan, step)
-        self._first = step + 1
-        self._worst: RepeatEvent | None = None
-
-    def compare(self, step: int, loss: float) -> None:
-        """Compare one step; a difference beyond the noise is told at once."""
-        if step not in self._recorded:
-            self.finish()
-            return
-        recorded, noise = self._recorded.pop(step)
-        difference = abs(loss - recorded) / abs(recorded) if loss != recorded else 0.0
-        is_beyond = difference > noise
-        if self._worst is None or difference >= self._worst.relative_difference:
-            self._worst = RepeatEvent(
-                time=time.time(),
-                step=step,
-                first_step=self._first,
-                last_step=step,
-                recorded_loss=recorded,
-                loss=loss,
-                relative_difference=difference,
-                noise=noise,
-                is_beyond_noise=is_beyond,
-            )
-        self._worst = dataclasses.replace(self._worst, last_step=step)
-        if is_beyond or not self._recorded:
-            self.finish()
-
-    def finish(self) -> None:
-        """Tell of the steps compared so far, if there are any, and begin anew."""
-        if self._worst is not None:
-            self._tell(self._worst)
-            self._first = self._worst.last_step + 1
-            self._worst = None
-
-
 def build_or_load(
     run: RunDirectory, plan: TrainingPlan, samples: Samples, tell: EventWriter
 ) -> tuple[Replica, str, int]:
@@ -240,95 +176,6 @@ def build_or_load(
     loaded = load_newest(existing, replica.pieces, on_damage)
     compat.publish_weights(replica.chunks, replica.optimizer, loaded.step)
     return replica, loaded.name, loaded.step
-
-
-def weight_source(plan: TrainingPlan) -> WeightSource:
-    """Return the base named in the settings: new weights only where `random` was asked for.
-
-    Raises:
-        ModelFolderError: the folder is no model, or of another shape than the settings.
-    """
-    settings = plan.settings
-    if settings.base == RANDOM_BASE:
-        return RandomWeights(settings.model, settings.training.seed)
-    return open_base(Path(settings.base), settings.model)
-
-
-def build_replica(plan: TrainingPlan, source: WeightSource | None, *, is_filled_later: bool = False) -> Replica:
-    """Build this rank's chunks and optimizer; collective.
-
-    Args:
-        source: of the first data-parallel replica; the others have none.
-        is_filled_later: whether the weights wait for a checkpoint.
-    """
-    settings, layout = plan.settings, plan.layout
-    device = settings.cluster.device
-    config = compat.transformer_config(settings.model, layout, settings.training, device)
-    stages = range(layout.virtual_pipeline_parallel) if layout.virtual_pipeline_parallel > 1 else [None]
-    offsets = [compat.layer_offset(config, stage) for stage in stages]
-    chunks = []
-    for index, stage in enumerate(stages):
-        chunk = compat.build_chunk(settings.model, config, settings.data.sequence_length, device, stage)
-        if device == "cuda":
-            chunk.cuda(torch.cuda.current_device())
-        if not is_filled_later:
-            fill(chunk, source, settings.model, offsets[index], layout.tensor_parallel)
-        if settings.training.precision == "bf16":
-            chunk.bfloat16()
-        chunks.append(compat.wrap_data_parallel(config, chunk, index == 0))
-    optimizer = compat.build_optimizer(settings.training, chunks)
-    config.grad_scale_func = optimizer.scale_loss
-    peak = settings.cluster.peak_tflops
-    return Replica(
-        chunks=chunks,
-        optimizer=optimizer,
-        pieces=owned_pieces(settings.model, chunks, optimizer, offsets, layout.tensor_parallel),
-        peak_tflops=peak if peak is not None else measured_peak_tflops(device),
-        peak_source=f"{settings.cluster.gpu} dense bf16" if peak is not None else "a measured fp32 matrix product",
-    )
-
-
-def fill(
-    chunk: torch.nn.Module,
-    source: WeightSource | None,
-    shape: TransformerShape,
-    layer_offset: int,
-    tensor_parallel: int,
-) -> None:
-    """Set every parameter of a chunk, this tensor-parallel rank's part of each; collective.
-
-    The first data-parallel replica reads the source, tensor after tensor, and gives it to the others.
-
-    Raises:
-        ModelFolderError: a tensor of another shape than the parameter.
-    """
-    for name, parameter in chunk.named_parameters():
-        key = canonical_key(name, layer_offset, is_tied=shape.tie_embeddings)
-        with torch.no_grad():
-            if source is not None:
-                part = rank_part(key, read_canonical(key, source), compat.tensor_rank(), tensor_parallel)
-                if part.shape != parameter.shape:
-                    raise ModelFolderError(
-                        f"{key} should be {tuple(parameter.shape)} on this rank, found {tuple(part.shape)}"
-                    )
-                parameter.copy_(part)
-            compat.broadcast_from_first_replica(parameter.data)
-
-
-def measured_peak_tflops(device: str) -> float:
-    """Return the best fp32 product of 512 x 512 matrices within half a second on this device, in TFLOP/s.
-
-    Half a second, since other work on the machine slows most of them down.
-    """
-    size = 512
-    matrix = torch.ones(size, size, device=device)
-    best = math.inf
-    deadline = time.perf_counter() + PEAK_SECONDS
-    while time.perf_counter() < deadline:
-        started = time.perf_counter()
-        torch.mm(matrix, matrix)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / 1e12
 
 
 def _forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:

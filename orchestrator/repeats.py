@@ -5,10 +5,12 @@ with deterministic kernels, otherwise within the noise of sums in another order.
 hardware that computes wrongly, or nondeterminism where none was expected.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
 
 from orchestrator.errors import OrchestrateError
-from orchestrator.events import StepEvent, read_events
+from orchestrator.events import RepeatEvent, StepEvent, read_events
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.run_directory import AttemptDirectory
 
@@ -49,3 +51,52 @@ def recorded_losses(
                 else:
                     found[event.step] = (event.loss, allowed)
     return found
+
+
+class RepeatedSteps:
+    """Compares the steps that an earlier attempt had done already with what it recorded.
+
+    Args:
+        recorded: loss and noise by step, as `recorded_losses` returns them.
+        step: after which this attempt began.
+        tell: told of the comparison.
+    """
+
+    def __init__(
+        self, recorded: dict[int, tuple[float, float]], step: int, tell: Callable[[RepeatEvent], None]
+    ) -> None:
+        self._tell = tell
+        self._recorded = recorded
+        self._first = step + 1
+        self._worst: RepeatEvent | None = None
+
+    def compare(self, step: int, loss: float) -> None:
+        """Compare one step; a difference beyond the noise is told at once."""
+        if step not in self._recorded:
+            self.finish()
+            return
+        recorded, noise = self._recorded.pop(step)
+        difference = abs(loss - recorded) / abs(recorded) if loss != recorded else 0.0
+        is_beyond = difference > noise
+        if self._worst is None or difference >= self._worst.relative_difference:
+            self._worst = RepeatEvent(
+                time=time.time(),
+                step=step,
+                first_step=self._first,
+                last_step=step,
+                recorded_loss=recorded,
+                loss=loss,
+                relative_difference=difference,
+                noise=noise,
+                is_beyond_noise=is_beyond,
+            )
+        self._worst = dataclasses.replace(self._worst, last_step=step)
+        if is_beyond or not self._recorded:
+            self.finish()
+
+    def finish(self) -> None:
+        """Tell of the steps compared so far, if there are any, and begin anew."""
+        if self._worst is not None:
+            self._tell(self._worst)
+            self._first = self._worst.last_step + 1
+            self._worst = None

@@ -44,12 +44,13 @@ def train(folder: Path, rank: int, without: str) -> None:
     with cuda_calls_on_cpu(without):
         queued = len(torch.cuda._queued_calls)
         from megatron_solar import checkpoint, compat, train
+        from megatron_solar.replica import build_replica, weight_source
 
         plan = make_plan(compose("demo-base", SMALL))
         store = torch.distributed.FileStore(str(folder / "store"), 2)
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
         compat.initialize_parallel(plan.layout, 1)
-        replica = train.build_replica(plan, train.weight_source(plan))
+        replica = build_replica(plan, weight_source(plan))
         tokens_BS = torch.arange(16).unsqueeze(0)
         batch = {"tokens": tokens_BS, "labels": tokens_BS, "position_ids": tokens_BS}
         for chunk in replica.chunks:

@@ -1,0 +1,98 @@
+"""Steps that are done again: what is compared with what, and what is told of it."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config import compose
+from orchestrator.events import RepeatEvent, StepEvent, event_record
+from orchestrator.files import JsonLines
+from orchestrator.plan import TrainingPlan, make_plan, write_plan
+from orchestrator.repeats import NOISE, RepeatedSteps, noise, recorded_losses
+from orchestrator.run_directory import AttemptDirectory, create_run
+
+PLAN = make_plan(compose("demo-base"))
+
+
+def with_(**changes: dict[str, object]) -> TrainingPlan:
+    """Return the plan with fields of its sections changed."""
+    settings = PLAN.settings
+    for section, fields in changes.items():
+        settings = dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **fields)})
+    return make_plan(settings)
+
+
+GPU = {"device": "cuda"}
+BF16_ON_GPU = with_(cluster=GPU, training={"precision": "bf16"})
+EXACT_ON_GPU = with_(cluster=GPU, training={"deterministic": True})
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        (PLAN, PLAN, 0.0),
+        (PLAN, with_(checkpoint={"keep_last": 9}, cluster={"time_limit": "2:00:00"}), 0.0),
+        (PLAN, with_(cluster={"ranks_per_node": 2}), NOISE["fp32"]),
+        (with_(cluster=GPU), with_(cluster=GPU), NOISE["fp32"]),
+        (BF16_ON_GPU, BF16_ON_GPU, NOISE["bf16"]),
+        (EXACT_ON_GPU, EXACT_ON_GPU, 0.0),
+        (PLAN, with_(cluster=GPU), NOISE["fp32"]),
+        (PLAN, with_(training={"learning_rate": 1e-3}), None),
+        (PLAN, with_(training={"tokens": 10**7}), None),
+        (PLAN, with_(data={"weights": (1.0,)}), None),
+    ],
+)  # fmt: skip
+def test_the_noise_is_none_where_the_same_bits_are_due(
+    before: TrainingPlan, now: TrainingPlan, expected: float | None
+) -> None:
+    assert noise(before, now) == expected
+
+
+def attempt_with(path: Path, plan: TrainingPlan, losses: dict[int, float]) -> AttemptDirectory:
+    attempt = AttemptDirectory(path)
+    attempt.path.mkdir(parents=True)
+    write_plan(attempt.plan, plan)
+    lines = JsonLines(attempt.events)
+    for step, loss in losses.items():
+        lines.append(event_record(StepEvent(
+            time=1.0, step=step, loss=loss, gradient_norm=1.0, learning_rate=1.0, consumed_samples=1, consumed_tokens=1,
+            step_seconds=1.0, data_seconds=0.0, tokens_per_second=1.0, tokens_per_second_per_gpu=1.0,
+            tflops_per_gpu=1.0, mfu=0.1,
+        )))  # fmt: skip
+    lines.close()
+    return attempt
+
+
+def test_the_newest_attempt_that_did_a_step_is_what_it_is_compared_with(tmp_path: Path) -> None:
+    attempts = create_run(tmp_path, "a-run").attempts_folder
+    first = attempt_with(attempts / "0001", PLAN, {1: 9.0, 2: 8.0, 3: 7.0, 4: 6.0})
+    second = attempt_with(attempts / "0002", PLAN, {3: 7.5})
+    assert recorded_losses([first, second], PLAN, after_step=1) == {2: (8.0, 0.0), 3: (7.5, 0.0), 4: (6.0, 0.0)}
+    other = attempt_with(attempts / "0003", with_(training={"learning_rate": 1e-3}), {4: 5.0})
+    assert recorded_losses([first, second, other], PLAN, after_step=2) == {3: (7.5, 0.0)}  # 4 was trained otherwise
+
+
+def told_of(recorded: dict[int, tuple[float, float]], losses: dict[int, float]) -> list[tuple[int, int, int, bool]]:
+    told: list[RepeatEvent] = []
+    repeats = RepeatedSteps(recorded, min(losses) - 1, told.append)
+    for step, loss in losses.items():
+        repeats.compare(step, loss)
+    repeats.finish()
+    return [(event.first_step, event.last_step, event.step, event.is_beyond_noise) for event in told]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "losses", "expected"),
+    [
+        ({}, {5: 1.0, 6: 1.0}, []),
+        ({5: (1.0, 0.0), 6: (2.0, 0.0)}, {5: 1.0, 6: 2.0, 7: 3.0}, [(5, 6, 6, False)]),
+        ({5: (1.0, 0.0), 6: (2.0, 0.0), 7: (3.0, 0.0)}, {5: 1.0, 6: 2.0}, [(5, 6, 6, False)]),  # stopped in between
+        ({5: (1.0, 0.1), 6: (2.0, 0.1)}, {5: 1.05, 6: 2.0}, [(5, 6, 5, False)]),
+        ({5: (1.0, 0.0), 6: (2.0, 0.0), 7: (3.0, 0.0)}, {5: 1.0, 6: 2.1, 7: 3.0}, [(5, 6, 6, True), (7, 7, 7, False)]),
+    ],
+)
+def test_what_is_told_names_the_steps_and_the_worst_of_them(
+    recorded: dict[int, tuple[float, float]], losses: dict[int, float], expected: list[tuple[int, int, int, bool]]
+) -> None:
+    assert told_of(recorded, losses) == expected
