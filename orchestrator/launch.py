@@ -40,10 +40,10 @@ def check_start(plan: TrainingPlan, branch: BranchPoint | None = None) -> list[D
     Raises:
         ConfigError, RunError, SchedulerError, CheckpointError: it could not start.
     """
-    check_scheduler(plan)
     runs, name = Path(plan.settings.paths.runs), plan.settings.name
     if (runs / name).exists():
         raise name_taken(runs, name)
+    check_scheduler(RunDirectory(runs / name), plan)
     manifests = check_inputs(plan, needs_base=branch is None)
     check_disk(plan, runs)
     if branch is not None:

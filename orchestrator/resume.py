@@ -71,7 +71,7 @@ def prepare_resume(run: RunDirectory, overrides: Sequence[str] = (), *, allow_up
         raise RunError(
             f"run {run.name} is {status.state}; cancel it first, or follow it with `orchestrate logs {run.name}`"
         )
-    check_scheduler(plan)
+    check_scheduler(run, plan)
     check_inputs(plan, needs_base=checkpoint is None)
     if checkpoint is not None:
         if plan.total_steps <= checkpoint.step:

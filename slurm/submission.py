@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -26,11 +26,14 @@ from orchestrator.run_directory import RunDirectory
 SUPERVISOR = "orchestrator.slurm.supervisor"
 
 
-def check_scheduler(plan: TrainingPlan) -> None:
-    """Refuse a scheduler that is not here, before anything is written.
+def check_scheduler(run: RunDirectory, plan: TrainingPlan) -> None:
+    """Refuse a scheduler that is not here or could never start the job, before anything is written.
+
+    Args:
+        run: whose folder need not be there yet.
 
     Raises:
-        SchedulerError: Slurm was asked for and `sbatch` is not found.
+        SchedulerError: Slurm was asked for and `sbatch` is not found, or Slurm says no.
     """
     cluster = plan.settings.cluster
     if cluster.scheduler == "slurm" and shutil.which("sbatch") is None:
@@ -38,6 +41,8 @@ def check_scheduler(plan: TrainingPlan) -> None:
             f"cluster {cluster.name!r} is a Slurm cluster, and there is no `sbatch` on this machine; run this on a "
             "login node, or take cluster=local for this machine"
         )
+    if cluster.scheduler == "slurm":
+        _refuse_impossible(run, plan)
 
 
 def submit(run: RunDirectory, *, by: Literal["person", "supervisor"]) -> str:
@@ -93,7 +98,8 @@ def _submit_local(run: RunDirectory, plan: TrainingPlan) -> tuple[str, float]:
     return str(job.job_id), psutil.Process(int(job.job_id)).create_time()
 
 
-def _submit_slurm(run: RunDirectory, plan: TrainingPlan) -> tuple[str, float]:
+def slurm_executor(run: RunDirectory, plan: TrainingPlan) -> Any:
+    """Return Submitit's executor with what sbatch is asked for."""
     import submitit
 
     cluster = plan.settings.cluster
@@ -118,7 +124,38 @@ def _submit_slurm(run: RunDirectory, plan: TrainingPlan) -> tuple[str, float]:
         additional_parameters=additional,
         setup=[f"export PYTHONPATH={shlex.quote(str(run.code))} PYTHONSAFEPATH=1"],
     )
-    job = executor._submit_command(f"exec {supervisor_command(run)}")
+    return executor
+
+
+def sbatch_script(run: RunDirectory, plan: TrainingPlan) -> str:
+    """Return the script that is submitted."""
+    text: str = slurm_executor(run, plan)._make_submission_file_text(_slurm_command(run), "test")
+    return text
+
+
+def _refuse_impossible(run: RunDirectory, plan: TrainingPlan) -> None:
+    """Ask Slurm whether the job could ever start; without this it may accept it and leave it pending for ever.
+
+    Raises:
+        SchedulerError: it could not; Slurm's reason is in the message.
+    """
+    result = subprocess.run(
+        ["sbatch", "--test-only"], input=sbatch_script(run, plan), capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        cluster = plan.settings.cluster
+        raise SchedulerError(
+            f"Slurm could not run this on {cluster.nodes} nodes of partition {cluster.partition or '(the default)'}: "
+            f"{' '.join(result.stderr.split())}; see `sinfo`, and set cluster.nodes, partition, account or time_limit"
+        )
+
+
+def _slurm_command(run: RunDirectory) -> str:
+    return f"exec {supervisor_command(run)}"
+
+
+def _submit_slurm(run: RunDirectory, plan: TrainingPlan) -> tuple[str, float]:
+    job = slurm_executor(run, plan)._submit_command(_slurm_command(run))
     return str(job.job_id), 0.0
 
 

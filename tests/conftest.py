@@ -40,6 +40,11 @@ SMALL = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the switch that writes golden files anew."""
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Path:
     """The 32k SentencePiece vocabulary of Mistral 7B v1."""

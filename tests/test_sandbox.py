@@ -19,8 +19,10 @@ from orchestrator.launch import cancel, launch
 from orchestrator.plan import make_plan
 from orchestrator.reconcile import State
 from orchestrator.run_directory import RunDirectory
+from orchestrator.settings import RunSettings
 from orchestrator.slurm import sandbox
 from orchestrator.slurm.sandbox import Sandbox
+from orchestrator.slurm.submission import sbatch_script
 from orchestrator.status import read_status
 from tests.conftest import REPOSITORY, SMALL
 from tests.launched import step_of, wait_for, wait_to_end
@@ -178,20 +180,57 @@ def test_the_command_line_starts_shows_and_stops_one() -> None:
     assert orchestrate("status").returncode == 3
 
 
-# A launch on it, with real ranks.
+# A launch on it.
+
+
+def settings_on(cluster: str, runs: Path, corpus: Path, *overrides: str) -> RunSettings:
+    return compose(
+        "demo-base",
+        [
+            *SMALL, f"data.train={corpus / 'train'}", f"data.validation={corpus / 'validation'}", f"paths.runs={runs}",
+            "name=on-slurm", f"cluster={cluster}", "cluster.nodes=2", *overrides,
+        ],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("cluster.nodes=16", "layout.global_batch_size=16"), "16 nodes of partition gpu"),
+        (("cluster.partition=nowhere",), "invalid partition"),
+        (("cluster.ranks_per_node=512", "cluster.nodes=1", "layout.global_batch_size=512"), "1 nodes of partition gpu"),
+    ],
+    ids=["more nodes than there are", "no such partition", "more tasks than a node has processors"],
+)
+@pytest.mark.usefixtures("slurm")
+def test_a_request_that_could_never_start_is_refused_at_once_and_no_folder_is_left(
+    tmp_path: Path, corpus: Path, overrides: tuple[str, ...], reason: str
+) -> None:
+    plan = make_plan(settings_on("sandbox", tmp_path / "runs", corpus, *overrides))
+    with pytest.raises(SchedulerError, match="Slurm could not run this on") as error:
+        launch(plan, "a test")
+    assert reason in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("slurm")
+def test_the_sbatch_script_is_the_golden_one(tmp_path: Path, corpus: Path, request: pytest.FixtureRequest) -> None:
+    for cluster in ("sandbox", "h100"):
+        plan = make_plan(
+            settings_on(cluster, tmp_path, corpus, "cluster.account=research", "layout.global_batch_size=16")
+        )
+        text = sbatch_script(RunDirectory(tmp_path / "on-slurm"), plan)
+        text = text.replace(str(tmp_path), "RUNS").replace(sys.executable, "PYTHON")
+        golden = REPOSITORY / "tests" / "golden" / f"sbatch-{cluster}.sh"
+        if request.config.getoption("--update-golden"):
+            golden.write_text(text)
+        assert text == golden.read_text(), "run pytest with --update-golden after looking at the difference"
 
 
 def test_a_launched_job_saves_at_the_warning_is_requeued_by_slurm_and_saves_again_when_it_is_cancelled(
     slurm: Sandbox, tmp_path: Path, corpus: Path
 ) -> None:
-    settings = compose(
-        "demo-base",
-        [
-            *SMALL, f"data.train={corpus / 'train'}", f"data.validation={corpus / 'validation'}",
-            f"paths.runs={tmp_path / 'runs'}", "name=on-slurm", "cluster=sandbox", "cluster.nodes=2",
-            "layout.tensor_parallel=1", "tokens=100000000",
-        ],
-    )  # fmt: skip
+    settings = settings_on("sandbox", tmp_path / "runs", corpus, "tokens=100000000")
     run = launch(make_plan(settings), "a test")
     wait_for("step 5", lambda: step_of(run) >= 5, run)
     (job,) = [record["job_id"] for record in run.submissions()]

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from pathlib import Path
 
 import click
 
@@ -57,6 +58,12 @@ def command(
     if branch is not None:
         print_facts("", [("goes on from", f"{branch.run.name}, {branch.checkpoint.name}")])
     if dry_run:
+        if plan.settings.cluster.scheduler == "slurm":
+            from orchestrator.run_directory import RunDirectory
+            from orchestrator.slurm.submission import sbatch_script
+
+            folder = RunDirectory(Path(plan.settings.paths.runs) / plan.settings.name)
+            click.echo(f"\nwould be submitted:\n\n{sbatch_script(folder, plan).rstrip()}\n")
         print_next(launch_command(recipe, overrides, nodes, from_checkpoint))
         return
     if plan.settings.cluster.device == "cuda" and not yes:
