@@ -63,7 +63,6 @@ def rank_main(rank: int, options: argparse.Namespace, folder: str) -> None:
         from megatron_solar import compat
         from megatron_solar.replica import build_replica, weight_source
 
-        torch.Tensor.cuda = lambda tensor, *_arguments, **_options: tensor  # type: ignore[method-assign]  # for the peer
         plan = plan_of(options.hidden, options.ranks)
         store = torch.distributed.FileStore(f"{folder}/store", options.ranks)
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks)
@@ -96,8 +95,10 @@ def rank_main(rank: int, options: argparse.Namespace, folder: str) -> None:
 def ours(plan: TrainingPlan, replica: Any, place: Path) -> dict[str, float]:
     """Save asynchronously, wait, mark, load."""
     from megatron_solar.checkpoint import CheckpointWriter, load_newest
-    from orchestrator.checkpoints import mark_complete, read_checkpoint, read_parts
+    from orchestrator.checkpoints import checkpoint_name, mark_complete, read_checkpoint, read_parts
     from tests.checkpoint_records import facts
+
+    place = place / checkpoint_name(1, 1)
 
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if not hasattr(replica, "writer"):

@@ -49,8 +49,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 # megatron logs its own start-up at INFO and WARNING from every rank; errors are what a log needs.
-for _name in ("megatron", "torch.distributed.checkpoint"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 class RMSNorm(torch.nn.Module):
@@ -440,7 +439,7 @@ def _parts(optimizer: Any) -> list[Any]:
 
 
 def _prefill(adam: torch.optim.Optimizer) -> None:
-    """Give torch's Adam its state before the first step, since megatron cannot save or load it empty."""
+    """Give torch's Adam its state before the first step, so that it can be saved and loaded from step 0 on."""
     for group in adam.param_groups:
         for parameter in group["params"]:
             if not adam.state[parameter]:

@@ -97,6 +97,13 @@ PATCHES = (
         reason="random states wait for CUDA in a queue that would grow with every layer of every step",
     ),
     Patch(
+        name="tensor_cuda",
+        owner=torch.Tensor,
+        attribute="cuda",
+        replacement=lambda _: lambda tensor, *args, **options: tensor,
+        reason="the last pipeline stage's copy of a tied embedding is moved to the device",
+    ),
+    Patch(
         name="tensor_type",
         owner=torch.Tensor,
         attribute="type",

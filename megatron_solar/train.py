@@ -23,8 +23,18 @@ from megatron_solar import compat
 from megatron_solar.checkpoint import CheckpointWriter, disk_full, load_newest
 from megatron_solar.data import Samples, open_samples
 from megatron_solar.replica import Replica, build_replica, weight_source
-from orchestrator.checkpoints import Checkpoint, checkpoint_name, complete_checkpoints, completed_once, foreign
-from orchestrator.errors import CheckpointError
+from orchestrator.checkpoints import (
+    MARKER,
+    Checkpoint,
+    checkpoint_name,
+    complete_checkpoints,
+    foreign,
+    lost_checkpoints,
+    parse_name,
+    read_checkpoint,
+    unusable_markers,
+)
+from orchestrator.errors import CheckpointError, OrchestrateError
 from orchestrator.events import (
     FLOPS_CONVENTION,
     DamageEvent,
@@ -35,15 +45,19 @@ from orchestrator.events import (
     StepEvent,
     ValidationEvent,
     event_record,
+    read_events,
 )
 from orchestrator.files import JsonLines, read_json
-from orchestrator.plan import TrainingPlan
-from orchestrator.repeats import RepeatedSteps, recorded_losses
+from orchestrator.plan import TrainingPlan, read_plan
+from orchestrator.repeats import EarlierAttempt, RepeatedSteps, recorded_losses
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.schedule import learning_rate
 
 STOP_REASONS = ("time_limit", "preempted", "cancelled", "stopped")
 """What the supervisor may ask for; all ranks learn the same one."""
+
+VISIBLE_SECONDS = 60.0
+"""How long a node may take to see a file that another one has written."""
 
 
 class NotFiniteError(ArithmeticError):
@@ -70,7 +84,8 @@ def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, w
         validation_samples=_validation_passes(plan) * layout.micro_batch_size * layout.data_parallel,
         cache=run.data_index,
     )
-    replica, loaded_from, step = build_or_load(run, plan, samples, tell)
+    replica, loaded = build_or_load(run, plan, samples, tell)
+    step = loaded.step if loaded is not None else 0
     tell(
         StartEvent(
             time=time.time(),
@@ -78,7 +93,8 @@ def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, w
             world_size=layout.world_size,
             layout=layout.describe(),
             device=device,
-            loaded_from=loaded_from,
+            loaded_from=loaded.name if loaded is not None else settings.base,
+            ancestry=(loaded.name, *loaded.facts.ancestry) if loaded is not None else (),
             parameters=plan.parameters,
             flops_per_token=plan.flops_per_token,
             flops_convention=FLOPS_CONVENTION,
@@ -90,9 +106,8 @@ def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, w
     writer = CheckpointWriter(torch.distributed.get_rank())
     save = functools.partial(_save, run, attempt, plan, replica, samples, writer, tell)
     validate = functools.partial(_validate, plan, replica, samples, tell)
-    earlier = [other for other in run.attempts() if other.number < attempt.number and torch.distributed.get_rank() == 0]
-    repeats = RepeatedSteps(recorded_losses(earlier, plan, step), step, tell)
-    if loaded_from == settings.base:
+    repeats = RepeatedSteps(recorded_losses(earlier_attempts(run, attempt), plan, step), step, tell)
+    if loaded is None:
         save(step)  # before anything else, so that no later attempt reads the base again
         validate(step)
 
@@ -130,6 +145,20 @@ def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, w
     return reason
 
 
+def earlier_attempts(run: RunDirectory, attempt: AttemptDirectory) -> list[EarlierAttempt]:
+    """Return what the attempts before recorded; on rank 0, which alone compares."""
+    found = []
+    for other in run.attempts() if torch.distributed.get_rank() == 0 else []:
+        if other.number < attempt.number:
+            try:
+                before = read_plan(other.plan) if other.plan.exists() else None
+            except OrchestrateError:  # another version's plan; its attempt cannot be compared
+                before = None
+            steps = {event.step: event.loss for _, event in read_events(other.events) if isinstance(event, StepEvent)}
+            found.append(EarlierAttempt(plan=before, losses=steps))
+    return found
+
+
 class EventWriter:
     """Append events to the attempt's file; only rank 0 writes."""
 
@@ -142,28 +171,46 @@ class EventWriter:
             self._lines.append(event_record(event))
 
 
+def agreed_checkpoints(run: RunDirectory, tell: EventWriter) -> list[Checkpoint]:
+    """Return the checkpoints that rank 0 sees, the same on every rank; collective.
+
+    On a shared file system each node may see another state of the folder for a while.
+
+    Raises:
+        CheckpointError: the run had checkpoints and none is whole.
+    """
+    said: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        for name, problem in unusable_markers(run).items():
+            step, _ = parse_name(name) or (0, 0)
+            tell(DamageEvent(time=time.time(), step=step, name=name, problems=(problem,)))
+        said = [([checkpoint.name for checkpoint in complete_checkpoints(run)], lost_checkpoints(run))]
+    torch.distributed.broadcast_object_list(said)
+    names, lost = said[0]
+    if lost:
+        raise CheckpointError(lost)
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not all((run.checkpoint_path(name) / MARKER).exists() for name in names) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return [read_checkpoint(run.checkpoint_path(name)) for name in names]
+
+
 def build_or_load(
     run: RunDirectory, plan: TrainingPlan, samples: Samples, tell: EventWriter
-) -> tuple[Replica, str, int]:
+) -> tuple[Replica, Checkpoint | None]:
     """Build this rank's part of the model and fill it from the newest whole checkpoint, or from the base.
 
     Returns:
-        the replica, where its weights came from, the steps done.
+        the replica, and the checkpoint that its weights came from, None for the base.
 
     Raises:
         CheckpointError: there are checkpoints, or were, and none is whole; or the newest is of another model
             or other data.
     """
-    existing = complete_checkpoints(run)
+    existing = agreed_checkpoints(run, tell)
     if not existing:
-        lost = completed_once(run)
-        if lost:
-            raise CheckpointError(
-                f"run {run.name} had {len(lost)} checkpoints, the last of them {lost[-1]}, and none is whole and there "
-                f"now in {run.checkpoints_folder}; put one back, or launch another run from the base"
-            )
         # One replica reads the base, the others get their weights from it.
-        return build_replica(plan, weight_source(plan) if compat.data_rank() == 0 else None), plan.settings.base, 0
+        return build_replica(plan, weight_source(plan) if compat.data_rank() == 0 else None), None
     newest = existing[-1]
     found = foreign(newest.facts, plan.settings.model, samples.tokenizer_sha256, samples.fingerprint)
     if found:
@@ -175,7 +222,7 @@ def build_or_load(
 
     loaded = load_newest(existing, replica.pieces, on_damage)
     compat.publish_weights(replica.chunks, replica.optimizer, loaded.step)
-    return replica, loaded.name, loaded.step
+    return replica, loaded
 
 
 def _forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:

@@ -47,8 +47,9 @@ def main(arguments: Sequence[str]) -> int:
         plan = read_plan(attempt.plan)
         reason = _run_rank(run, attempt, plan, options.rank, options.local_rank, started)
     except BaseException as error:
-        _record_failure(attempt, options.rank, error)
-        return _exit_code(error)
+        code = _exit_code(error)
+        _record_failure(attempt, options.rank, error, code)
+        return code
     return exit_codes.FINISHED if reason == "finished" else exit_codes.SAVED_AND_LEFT
 
 
@@ -111,13 +112,14 @@ def own_address() -> str:
         return str(probe.getsockname()[0])
 
 
-def _record_failure(attempt: AttemptDirectory, rank: int, error: BaseException) -> None:
+def _record_failure(attempt: AttemptDirectory, rank: int, error: BaseException, code: int) -> None:
     text = "".join(traceback.format_exception(error))
     record = {
         "rank": rank,
         "host": socket.gethostname(),
         "time": time.time(),
         "step": last_step(attempt),
+        "exit_code": code,
         "error": type(error).__name__,
         "message": str(error),
         "traceback": text,

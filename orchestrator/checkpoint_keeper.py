@@ -17,13 +17,13 @@ from orchestrator.checkpoints import (
     mark_damaged,
     marked_checkpoints,
     parse_name,
-    read_checkpoint,
     read_parts,
 )
 from orchestrator.errors import RunError
 from orchestrator.events import (
     CheckpointEvent,
     DamageEvent,
+    EndEvent,
     RemovedEvent,
     SaveEvent,
     StartEvent,
@@ -72,6 +72,7 @@ class CheckpointKeeper:
         self._ancestry: tuple[str, ...] = ()
         self._losses: dict[int, float] = {}
         self._waiting: list[SaveEvent] = []
+        self._has_ended = False
 
     def look(self) -> None:
         """Read what the ranks have told, and mark what they have put on disk since.
@@ -84,7 +85,7 @@ class CheckpointKeeper:
         for after, event in read_events(self._attempt.events, self._offset):
             self._offset = after
             if isinstance(event, StartEvent):
-                self._ancestry = self._ancestry_of(event.loaded_from)
+                self._ancestry = tuple(event.ancestry)
             elif isinstance(event, ValidationEvent):
                 self._losses[event.step] = event.loss
             elif isinstance(event, DamageEvent):
@@ -93,13 +94,22 @@ class CheckpointKeeper:
                     mark_damaged(path, event.problems, event.time)
             elif isinstance(event, SaveEvent):
                 self._waiting.append(event)
+            elif isinstance(event, EndEvent):
+                self._has_ended = True
         for save in list(self._waiting):
             if self._mark_if_written(save):
                 self._waiting.remove(save)
                 self._let_go()
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the ranks have said that they leave, and all that they saved is marked."""
+        return self._has_ended and not self._waiting
+
     def discard_unfinished(self) -> None:
         """Remove what this attempt's ranks have begun and will not finish, to give back its space."""
+        if not self._is_owner():
+            return
         for path in self._folders():
             place = parse_name(path.name)
             if place is not None and place[1] == self._attempt.number and not (path / MARKER).exists():
@@ -143,13 +153,10 @@ class CheckpointKeeper:
         self._notes.append(event_record(event))
         return True
 
-    def _ancestry_of(self, loaded_from: str) -> tuple[str, ...]:
-        if parse_name(loaded_from) is None:
-            return ()
-        return (loaded_from, *read_checkpoint(self._run.checkpoint_path(loaded_from)).facts.ancestry)
-
     def _let_go(self) -> None:
         """Delete what the settings do not keep."""
+        if not self._is_owner():
+            return
         marked = marked_checkpoints(self._run)
         names = [path.name for path in self._folders()]
         for name, why in expendable(names, marked, self._plan.settings.checkpoint, self._attempt.number).items():

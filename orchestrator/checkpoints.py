@@ -11,8 +11,10 @@ and those before it began from, so that the folder holds a tree, and the survivi
 branch of the newest start. What a rank of a lost start writes is never marked. Standard library only.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -135,6 +137,8 @@ class _Marker:
 
     facts: CheckpointFacts
     files: dict[str, FileFacts]
+    sha256: str
+    """Of the rest."""
 
 
 def checkpoint_name(step: int, attempt: int) -> str:
@@ -189,7 +193,11 @@ def mark_complete(path: Path, facts: CheckpointFacts, parts: Sequence[RankPart])
 
 def write_marker(path: Path, facts: CheckpointFacts, files: dict[str, FileFacts]) -> None:
     """Write the marker, which makes a folder a checkpoint."""
-    write_json(path / MARKER, to_plain(_Marker(facts=facts, files=files)))
+    write_json(path / MARKER, to_plain(_Marker(facts=facts, files=files, sha256=_marker_sum(facts, files))))
+
+
+def _marker_sum(facts: CheckpointFacts, files: dict[str, FileFacts]) -> str:
+    return hashlib.sha256(json.dumps([to_plain(facts), to_plain(files)], sort_keys=True).encode()).hexdigest()
 
 
 def merge_tensors(parts: Sequence[RankPart]) -> dict[str, StoredTensor]:
@@ -211,6 +219,8 @@ def merge_tensors(parts: Sequence[RankPart]) -> dict[str, StoredTensor]:
         held, wanted = sum(piece.elements for piece in found), math.prod(kinds[name][0])
         if held != wanted:
             problems.append(f"{name} should have {wanted} numbers, the ranks wrote {held}")
+        elif _overlap(found):
+            problems.append(f"{name} has numbers that two ranks wrote, and others that none did")
     if problems:
         raise CheckpointError("the ranks' pieces do not make whole tensors; it was not marked:", problems[:20])
     return {
@@ -219,17 +229,33 @@ def merge_tensors(parts: Sequence[RankPart]) -> dict[str, StoredTensor]:
     }
 
 
+def _overlap(pieces: Sequence[Piece]) -> bool:
+    """Return whether any two pieces of a tensor share an element."""
+    ordered = sorted(pieces, key=lambda piece: piece.offset)
+    for index, piece in enumerate(ordered):
+        for other in ordered[index + 1 :]:
+            if other.offset[0] >= piece.offset[0] + piece.size[0]:
+                break
+            axes = zip(piece.offset, piece.size, other.offset, other.size, strict=True)
+            if all(a < b + b_size and b < a + a_size for a, a_size, b, b_size in axes):
+                return True
+    return False
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Return the complete checkpoint in a folder.
 
     Raises:
-        CheckpointError: there is no folder, or no marker in it.
+        CheckpointError: there is no folder, no marker in it, or one that is damaged or of another version.
     """
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}; `orchestrate status` lists those that are there")
     if not (path / MARKER).exists():
         raise CheckpointError(f"{path} was never completed (no {MARKER} in it); use an earlier checkpoint")
     marker = _decode(_Marker, path / MARKER)
+    is_itself = marker.sha256 == _marker_sum(marker.facts, marker.files)
+    if not is_itself or (marker.facts.step, marker.facts.attempt) != parse_name(path.name):
+        raise CheckpointError(f"{path / MARKER} is damaged: it is not what was written; use an earlier checkpoint")
     return Checkpoint(path=path, facts=marker.facts, files=marker.files)
 
 
@@ -249,9 +275,31 @@ class _Index:
 
 
 def marked_checkpoints(run: RunDirectory) -> list[Checkpoint]:
-    """Return every complete checkpoint of a run that was not found damaged, of all branches, by name."""
-    found = sorted(run.checkpoints_folder.iterdir()) if run.checkpoints_folder.exists() else []
-    return [read_checkpoint(path) for path in found if (path / MARKER).exists() and not (path / DAMAGED).exists()]
+    """Return every complete checkpoint of a run that was not found damaged, of all branches, by name.
+
+    One whose marker cannot be used is left out; `unusable_markers` names it.
+    """
+    found = []
+    for path in _marked_folders(run):
+        with contextlib.suppress(CheckpointError):
+            found.append(read_checkpoint(path))
+    return found
+
+
+def unusable_markers(run: RunDirectory) -> dict[str, str]:
+    """Return the names of checkpoints whose marker is damaged or of another version, each with the problem."""
+    found = {}
+    for path in _marked_folders(run):
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            found[path.name] = str(error)
+    return found
+
+
+def _marked_folders(run: RunDirectory) -> list[Path]:
+    there = sorted(run.checkpoints_folder.iterdir()) if run.checkpoints_folder.exists() else []
+    return [path for path in there if (path / MARKER).exists() and not (path / DAMAGED).exists()]
 
 
 def complete_checkpoints(run: RunDirectory) -> list[Checkpoint]:
@@ -260,13 +308,35 @@ def complete_checkpoints(run: RunDirectory) -> list[Checkpoint]:
 
 
 def completed_once(run: RunDirectory) -> list[str]:
-    """Return the names of all checkpoints that the run's supervisors ever marked, also of those that are gone."""
-    return [
+    """Return the names of all checkpoints that the run ever had, also of those that are damaged or gone.
+
+    What its supervisors marked, what it was branched from, and what lies there with a marker of any kind.
+    """
+    found = [
         event.name
         for attempt in run.attempts()
         for _, event in read_events(attempt.supervisor_events)
         if isinstance(event, CheckpointEvent)
     ]
+    origin = run.branched_from()
+    there = sorted(run.checkpoints_folder.iterdir()) if run.checkpoints_folder.exists() else []
+    found += [origin] if origin is not None else []
+    return found + [path.name for path in there if (path / MARKER).exists() or (path / DAMAGED).exists()]
+
+
+def lost_checkpoints(run: RunDirectory) -> str:
+    """Return what to say of a run that had checkpoints and has none that is whole, or nothing.
+
+    Such a run must not begin again from its base as if nothing had been.
+    """
+    lost = [] if complete_checkpoints(run) else completed_once(run)
+    if not lost:
+        return ""
+    return (
+        f"run {run.name} had checkpoints, the last of them {lost[-1]}, and none is whole and there now in "
+        f"{run.checkpoints_folder}; put one back (one that was set aside has a {DAMAGED}: remove that to have it "
+        "tried again), or launch another run from the base"
+    )
 
 
 def lineage(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -309,6 +379,9 @@ def damage(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> list[s
 
     Args:
         names: the files to read; all of them by default.
+
+    Raises:
+        OSError: a file cannot be read, which is the file system's or the node's fault and no damage.
     """
     found = []
     for name in sorted(checkpoint.files) if names is None else names:
@@ -321,8 +394,6 @@ def damage(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> list[s
                 found.append(f"{path} does not have the SHA-256 that was recorded when it was written")
         except FileNotFoundError:
             found.append(f"{path} is missing")
-        except OSError as error:
-            found.append(f"{path} cannot be read: {error.strerror}")
     return found
 
 

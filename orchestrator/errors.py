@@ -6,7 +6,7 @@
     ├── DataError               1   text, tokenizer or data set
     ├── ModelFolderError        1   a Hugging Face folder that is none, or of another kind
     ├── CheckpointError         1   missing, incomplete or damaged
-    ├── DiskFullError       1   no space, quota or inodes for what has to be written
+    ├── DiskFullError           1   no space, quota or inodes for what has to be written
     ├── RunError                1   a run folder: taken, missing, in the wrong state
     ├── SchedulerError          3   Slurm or the local executor refuses or does not answer
     └── TrackingError           3   the tracking store refuses or does not answer

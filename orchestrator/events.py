@@ -30,6 +30,8 @@ class StartEvent:
     device: str
     loaded_from: str
     """`random`, the base folder, or the checkpoint's name."""
+    ancestry: tuple[str, ...]
+    """That checkpoint, the one that its start began from, and so on; empty for a base."""
     parameters: int
     flops_per_token: float
     flops_convention: str

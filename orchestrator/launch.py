@@ -192,6 +192,7 @@ def cancel(run: RunDirectory) -> RunStatus:
     status = read_status(run)
     if status.state in ENDED:
         raise RunError(f"run {run.name} has ended already: {status.state}")
-    run.write_cancel_mark()
+    with file_mask(FILE_MASK):
+        run.write_cancel_mark()
     tell_to_end(run)
     return status

@@ -61,7 +61,7 @@ class RunRecords:
     def is_resumed(self) -> bool:
         """Whether a job was submitted since the newest attempt ended."""
         outcome = self.last_outcome
-        return outcome is not None and bool(self.submitted) and self.submitted[-1] > float(outcome["ended"])
+        return outcome is not None and len(self.submitted) > int(outcome["submissions"])
 
     @property
     def is_settled(self) -> bool:

@@ -7,12 +7,10 @@ hardware that computes wrongly, or nondeterminism where none was expected.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from orchestrator.errors import OrchestrateError
-from orchestrator.events import RepeatEvent, StepEvent, read_events
-from orchestrator.plan import TrainingPlan, read_plan
-from orchestrator.run_directory import AttemptDirectory
+from orchestrator.events import RepeatEvent
+from orchestrator.plan import TrainingPlan
 
 NOISE = {"fp32": 1e-5, "bf16": 1e-3}
 """Relative difference of a step's loss that another order of sums explains, for the steps between two saves.
@@ -34,22 +32,28 @@ def noise(before: TrainingPlan, now: TrainingPlan) -> float | None:
     return 0.0 if is_same_place and is_exact else NOISE[now.settings.training.precision]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EarlierAttempt:
+    """What an attempt recorded."""
+
+    plan: TrainingPlan | None
+    """None where it cannot be read."""
+    losses: Mapping[int, float]
+    """By step."""
+
+
 def recorded_losses(
-    earlier: Sequence[AttemptDirectory], plan: TrainingPlan, after_step: int
+    earlier: Sequence[EarlierAttempt], plan: TrainingPlan, after_step: int
 ) -> dict[int, tuple[float, float]]:
     """Return recorded loss and noise of the steps after one, as the newest of earlier attempts did them."""
     found: dict[int, tuple[float, float]] = {}
     for attempt in earlier:
-        try:
-            allowed = noise(read_plan(attempt.plan), plan) if attempt.plan.exists() else None
-        except OrchestrateError:  # another version's plan; its attempt cannot be compared
-            allowed = None
-        for _, event in read_events(attempt.events):
-            if isinstance(event, StepEvent) and event.step > after_step:
-                if allowed is None:
-                    found.pop(event.step, None)
-                else:
-                    found[event.step] = (event.loss, allowed)
+        allowed = noise(attempt.plan, plan) if attempt.plan is not None else None
+        for step, loss in attempt.losses.items():
+            if step > after_step and allowed is not None:
+                found[step] = (loss, allowed)
+            elif step > after_step:
+                found.pop(step, None)
     return found
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.changes import Change, change_problems, changes_between
-from orchestrator.checkpoints import Checkpoint, complete_checkpoints, foreign
+from orchestrator.checkpoints import Checkpoint, complete_checkpoints, foreign, lost_checkpoints
 from orchestrator.checks import settings_problems
 from orchestrator.config import recompose, to_yaml
 from orchestrator.errors import CheckpointError, ConfigError, DataError, RunError
@@ -56,13 +56,16 @@ def prepare_resume(run: RunDirectory, overrides: Sequence[str] = (), *, allow_up
     settings = recompose(before.settings, overrides, is_checked=False)
     changes = changes_between(before.settings, settings)
     existing = complete_checkpoints(run)
+    lost = lost_checkpoints(run)
+    if lost and status.state in ENDED:
+        raise CheckpointError(lost)
     checkpoint = existing[-1] if existing else None
     is_same_data = checkpoint is not None and _is_data_of(settings, checkpoint)
     problems = [*change_problems(changes, is_same_data=is_same_data), *settings_problems(settings)]
     if problems:
         raise ConfigError(f"run {run.name} cannot be resumed so; {len(problems)} to mend:", problems)
     plan = make_plan(settings) if changes else before
-    if status.state == State.FINISHED and plan.total_steps <= before.total_steps:
+    if status.state == State.FINISHED and checkpoint is not None and checkpoint.step >= plan.total_steps:
         raise RunError(
             f"run {run.name} has done all its {status.total_steps} steps; export it with `orchestrate export "
             f"{run.name} --output DIR`, or prolong it with `orchestrate resume {run.name} tokens=...`"
@@ -84,7 +87,8 @@ def prepare_resume(run: RunDirectory, overrides: Sequence[str] = (), *, allow_up
         if problems:
             raise CheckpointError(f"checkpoint {checkpoint.name} is not of this run's model and data:", problems)
     check_disk(plan, run.path, sum(checkpoint.size_bytes for checkpoint in existing))
-    upgrades = upgrades_since(read_json(run.provenance)) if run.provenance.exists() else []
+    recorded = run.code.parent / PROVENANCE  # beside the code in force
+    upgrades = upgrades_since(read_json(recorded)) if recorded.exists() else []
     if upgrades and not allow_upgrade:
         raise RunError(
             f"run {run.name} was begun with other versions; put them back, or say --allow-upgrade to go on with "
@@ -124,11 +128,14 @@ def resume(run: RunDirectory, prepared: Resumption, command: str) -> None:
             if prepared.upgrades:
                 record["untracked_sources"] = snapshot_code(order / CODE)
             write_json(order / PROVENANCE, record)
+        was_cancelled = run.cancel_mark.exists()
         run.cancel_mark.unlink(missing_ok=True)
         try:
             submit(run, by="person")
         except BaseException:
             withdraw(folder)
+            if was_cancelled:
+                run.write_cancel_mark()
             raise
 
 

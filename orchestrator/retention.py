@@ -38,7 +38,7 @@ def expendable(
             found[name] = "newer ones are kept"
         elif name in complete:
             found[name] = "an abandoned branch: a later attempt went on from before it"
-        elif place[1] != attempt:
+        elif place[1] < attempt and sum(step > place[0] for step in steps) >= UNTOUCHABLE:
             found[name] = "never completed, or damaged"
     return found
 

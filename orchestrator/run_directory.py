@@ -135,6 +135,11 @@ class RunDirectory:
         """Command, code state and package versions of the launch."""
         return self.path / PROVENANCE
 
+    def branched_from(self) -> str | None:
+        """Return the name of the other run's checkpoint from which this one went on, or None."""
+        origin = read_json(self.provenance).get("branched_from") if self.provenance.exists() else None
+        return None if origin is None else str(origin["checkpoint"])
+
     @property
     def resumes_folder(self) -> Path:
         """A folder for every resume that a person asked for."""

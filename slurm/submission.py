@@ -5,14 +5,18 @@ itself and imports the run's own snapshot of the code. Submitit 1.5.4's private 
 does that, called in one place for each executor.
 """
 
+import contextlib
 import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +25,7 @@ import psutil
 from orchestrator.checks import time_limit_seconds
 from orchestrator.errors import SchedulerError
 from orchestrator.plan import TrainingPlan, read_plan
+from orchestrator.processes import living_process
 from orchestrator.run_directory import RunDirectory
 
 SUPERVISOR = "orchestrator.slurm.supervisor"
@@ -58,20 +63,53 @@ def submit(run: RunDirectory, *, by: Literal["person", "supervisor"]) -> str:
         SchedulerError: the job could not be submitted; the output of the submission is in the message.
     """
     # In a process of its own session, so that a Ctrl-C in the launching terminal never reaches the job.
-    result = subprocess.run(
-        [sys.executable, "-P", "-m", "orchestrator.slurm.submission", str(run.path)],
-        env=code_environment(run),
-        cwd=run.path,
-        start_new_session=True,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode:
-        raise SchedulerError(f"the job of run {run.name} could not be submitted:\n{result.stderr.strip()[-2000:]}")
-    record = {**json.loads(result.stdout.splitlines()[-1]), "by": by}
-    run.add_submission(record)
+    with interrupts_later():
+        result = subprocess.run(
+            [sys.executable, "-P", "-m", "orchestrator.slurm.submission", str(run.path)],
+            env=code_environment(run),
+            cwd=run.path,
+            start_new_session=True,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if result.returncode:
+            raise SchedulerError(f"the job of run {run.name} could not be submitted:\n{result.stderr.strip()[-2000:]}")
+        record = {**json.loads(result.stdout.splitlines()[-1]), "by": by}
+        try:
+            run.add_submission(record)
+        except BaseException:
+            _take_back(record)  # a job that nobody knows of must not run
+            raise
     return str(record["job_id"])
+
+
+@contextlib.contextmanager
+def interrupts_later() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is done: between a submission and its record it would lose a job."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        signal.raise_signal(signal.SIGINT)
+
+
+def _take_back(record: Mapping[str, Any]) -> None:
+    """End a job that was submitted and could not be recorded."""
+    if record["scheduler"] == "slurm":
+        subprocess.run(["scancel", str(record["job_id"])], capture_output=True, check=False)
+        return
+    process = living_process(int(record["job_id"]), float(record["process_created"]))
+    for part in [*(process.children(recursive=True) if process is not None else []), process]:
+        if part is not None:
+            with contextlib.suppress(psutil.Error):
+                part.kill()
 
 
 def code_environment(run: RunDirectory) -> dict[str, str]:

@@ -7,6 +7,7 @@ ranks agree on it at a step boundary, save, and leave with 75. Only this process
 complete. How an attempt ended is written last, to outcome.json.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -23,7 +25,7 @@ import psutil
 
 from orchestrator import exit_codes
 from orchestrator.checkpoint_keeper import CheckpointKeeper, mark_left_over
-from orchestrator.checkpoints import complete_checkpoints
+from orchestrator.checkpoints import complete_checkpoints, parse_name
 from orchestrator.errors import OrchestrateError, RunError
 from orchestrator.events import CheckpointEvent, StartEvent, StepEvent, read_events
 from orchestrator.exit_codes import CAUSE_OF_CODE, Cause
@@ -36,6 +38,9 @@ from orchestrator.slurm.ranks import Preload, Ranks, start_ranks
 from orchestrator.slurm.submission import code_environment, submit
 
 POLL_SECONDS = 0.05
+LOOK_SECONDS = 1.0
+VISIBLE_SECONDS = 60.0
+"""How long this node may take to see what ranks of another one have written."""
 LOCK_RENEWAL_SECONDS = 5.0
 LOCK_STALE_SECONDS = 60.0
 """Age at which the lock of a supervisor on another host is taken over; its owner renews it much more often."""
@@ -65,7 +70,7 @@ class Supervisor:
     def __init__(self, run: RunDirectory, lock: OwnedLock) -> None:
         self._run = run
         self._lock = lock
-        self._renewed = time.monotonic()
+        self._looked = time.monotonic()
         self._plan: TrainingPlan = read_plan(run.plan)
         self._reason = ""
         self._deadline: float | None = None
@@ -79,16 +84,19 @@ class Supervisor:
         if not self._run.reserve.exists():
             write_atomic(self._run.reserve, os.urandom(RESERVE_BYTES))  # zeros may take no space
         try:
-            while True:
+            while not self._run.cancel_mark.exists():
                 decision = self._attempt()
                 if decision.action == Action.RESTART:
                     continue
                 if decision.action == Action.REQUEUE:
                     self._requeue()
-                if self._run.cancel_mark.exists() and "SLURM_JOB_ID" in os.environ:
-                    # So that Slurm says CANCELLED, and starts what is left of the job in no case again.
-                    subprocess.run(["scancel", os.environ["SLURM_JOB_ID"]], check=False)
-                return 0 if decision.action in (Action.FINISH, Action.REQUEUE) else 1
+                if decision.action == Action.FINISH or not self._run.cancel_mark.exists():
+                    return 0 if decision.action in (Action.FINISH, Action.REQUEUE) else 1
+            log.info("cancelled; does not go on")
+            if "SLURM_JOB_ID" in os.environ:
+                # So that Slurm says CANCELLED, and starts what is left of the job in no case again.
+                subprocess.run(["scancel", os.environ["SLURM_JOB_ID"]], check=False)
+            return 1
         finally:
             if self._preload is not None:
                 self._preload.close()
@@ -110,13 +118,17 @@ class Supervisor:
         notes = JsonLines(attempt.supervisor_events)
         try:
             mark_left_over(self._run, notes, self._lock.is_mine)
-        except OrchestrateError as error:
+        except RunError:  # another supervisor has the run
+            raise
+        except (OrchestrateError, OSError) as error:
             log.warning("what the attempt before has left is not marked: %s", error)
         keeper = CheckpointKeeper(self._run, attempt, self._plan, notes, self._lock.is_mine)
         shipper = self._start_shipper(attempt)
         watched = self._watch(attempt, keeper)
         if watched.cause == Cause.DISK_FULL:
-            self._run.reserve.unlink(missing_ok=True)  # the outcome needs room
+            self._run.reserve.unlink(missing_ok=True)  # for a marker that had no room, and for the outcome
+            with contextlib.suppress(OrchestrateError, OSError):
+                keeper.look()
             keeper.discard_unfinished()
         steps = [event.step for _, event in read_events(attempt.events) if isinstance(event, StartEvent | StepEvent)]
         ending = Ending(cause=watched.cause, saved_step=newest_step(self._run))
@@ -141,6 +153,7 @@ class Supervisor:
                 "saved_step": ending.saved_step,
                 "started": started,
                 "ended": time.time(),
+                "submissions": len(self._run.submissions()),
                 "exit_codes": {str(rank): code for rank, code in sorted(watched.exit_codes.items())},
                 "action": decision.action,
                 "why": decision.why,
@@ -148,6 +161,8 @@ class Supervisor:
         )
         log.info("attempt %d ended: %s (%s); %s: %s", attempt.number, watched.cause, watched.message,
                  decision.action, decision.why)  # fmt: skip
+        if decision.action in (Action.FINISH, Action.STOP):
+            self._lock.release()  # what follows is tracking alone; a resume need not wait for it
         self._end_shipper(shipper)
         return decision
 
@@ -176,7 +191,7 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
             codes = ranks.ended()
             keeper.look()
-            self._renew_lock()
+            self._look_around()
             if self._reason and not asked:
                 write_json(attempt.stop_request, {"reason": self._reason, "time": time.time()})
                 asked = True
@@ -187,20 +202,30 @@ class Supervisor:
             if late or (self._deadline is not None and time.monotonic() > self._deadline):
                 ranks.kill()
         keeper.look()
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while set(codes.values()) <= {exit_codes.FINISHED, exit_codes.SAVED_AND_LEFT} and not keeper.is_settled:
+            if time.monotonic() > deadline:
+                message = (
+                    f"the ranks left well, and after {VISIBLE_SECONDS:.0f} s their last checkpoint is not whole here"
+                )
+                return Watched(cause=Cause.EXCEPTION, message=message, rank=None, host=None, exit_codes=codes)
+            time.sleep(POLL_SECONDS)
+            keeper.look()
         return explain(attempt, codes if first_failure is None else first_failure[1], codes, self._reason)
 
-    def _renew_lock(self) -> None:
-        """Show other hosts that this supervisor lives.
+    def _look_around(self) -> None:
+        """Every second: whether a person has cancelled, though no signal came, and whether the run is still ours.
 
         Raises:
-            RunError: another one has taken the run over.
+            RunError: another supervisor has taken the run over.
         """
-        if time.monotonic() - self._renewed < LOCK_RENEWAL_SECONDS:
+        if time.monotonic() - self._looked < LOOK_SECONDS:
             return
-        self._renewed = time.monotonic()
+        self._looked = time.monotonic()
         if not self._lock.is_mine():
             raise RunError(f"run {self._run.name} has another supervisor by now")
-        self._lock.renew()
+        if self._run.cancel_mark.exists() and self._reason != "cancelled":
+            self._hear(signal.SIGTERM, None)
 
     def _start(self, attempt: AttemptDirectory) -> Ranks:
         cluster = self._plan.settings.cluster
@@ -222,6 +247,7 @@ class Supervisor:
             "host": socket.gethostname(),
             "nodes": os.environ.get("SLURM_JOB_NODELIST", socket.gethostname()),
             "started": started,
+            "submissions": len(submissions),
         }
 
     def _history(self, current: AttemptDirectory) -> list[tuple[int, Ending]]:
@@ -229,11 +255,11 @@ class Supervisor:
 
         An attempt whose supervisor was lost has no outcome, and counts as one that ended so.
         """
-        by_a_person = [float(record["time"]) for record in self._run.submissions() if record["by"] == "person"]
+        by_a_person = [i for i, record in enumerate(self._run.submissions(), 1) if record["by"] == "person"]
         endings = []
         for attempt in self._run.attempts():
             job = attempt.read_job()
-            if attempt.number >= current.number or job is None or float(job["started"]) < max(by_a_person, default=0):
+            if attempt.number >= current.number or job is None or job["submissions"] < max(by_a_person, default=0):
                 continue
             outcome = attempt.read_outcome()
             cause = Cause(outcome["cause"]) if outcome is not None else Cause.SUPERVISOR_LOST
@@ -289,8 +315,11 @@ def saved_step(run: RunDirectory, number: int) -> int:
     if outcome is not None:
         return int(outcome["saved_step"])
     saved = [event.step for _, event in read_events(attempt.supervisor_events) if isinstance(event, CheckpointEvent)]
-    if saved or number < 1:
-        return max(saved, default=0)
+    if saved:
+        return max(saved)
+    if number < 1:  # what it was branched from
+        place = parse_name(run.branched_from() or "")
+        return place[0] if place is not None else 0
     return saved_step(run, number - 1)
 
 
@@ -311,7 +340,10 @@ def explain(attempt: AttemptDirectory, first: dict[int, int], codes: dict[int, i
     records = sorted(
         (read_json(path) for path in attempt.failures.glob("rank_*.json")), key=lambda record: float(record["time"])
     )
-    killed = [rank for rank, code in sorted(first.items()) if code > 128]
+    # A rank that knows its cause is believed before any signal: srun's code is the largest of all ranks', and
+    # those that wait for a failed rank are killed or lose their connection.
+    known = [record for record in records if record["exit_code"] != exit_codes.EXCEPTION]
+    killed = [] if known else [rank for rank, code in sorted(first.items()) if code > 128]
     if killed and asked in ("cancelled", "stopped", "time_limit"):
         return Watched(cause=Cause(asked), message=f"asked to stop ({asked}), ended before it could save", rank=None,
                        host=None, exit_codes=codes)  # fmt: skip
@@ -320,9 +352,9 @@ def explain(attempt: AttemptDirectory, first: dict[int, int], codes: dict[int, i
         return Watched(cause=Cause.RANK_KILLED, message=f"rank {killed[0]} was killed by {name}", rank=killed[0],
                        host=socket.gethostname(), exit_codes=codes)  # fmt: skip
     if records:
-        record = records[0]
+        record = (known or records)[0]
         message = in_one_line(record["message"])
-        cause = CAUSE_OF_CODE.get(codes.get(record["rank"], 1), Cause.EXCEPTION)
+        cause = CAUSE_OF_CODE.get(record["exit_code"], Cause.EXCEPTION)
         step = f" after step {record['step']}" if record["step"] is not None else " before the first step"
         return Watched(cause=cause, message=f"rank {record['rank']} on {record['host']}{step}: {record['error']}: "
                        f"{message}", rank=record["rank"], host=record["host"], exit_codes=codes)  # fmt: skip
@@ -344,6 +376,7 @@ def main(path: str) -> int:
     run = RunDirectory(Path(path))
     try:
         lock = take_run(run)
+        threading.Thread(target=keep_renewing, args=(lock,), name="lock", daemon=True).start()
         try:
             return Supervisor(run, lock).main()
         finally:
@@ -354,6 +387,13 @@ def main(path: str) -> int:
     except Exception:
         log.exception("the supervisor failed")
         return 1
+
+
+def keep_renewing(lock: OwnedLock) -> None:
+    """Show other hosts that this supervisor lives, whatever it waits for."""
+    while True:
+        time.sleep(LOCK_RENEWAL_SECONDS)
+        lock.renew()
 
 
 def take_run(run: RunDirectory) -> OwnedLock:
@@ -375,7 +415,9 @@ def take_run(run: RunDirectory) -> OwnedLock:
         lock = acquire(run.supervisor_lock, "supervisor", stale_seconds=LOCK_STALE_SECONDS)
         if isinstance(lock, OwnedLock):
             return lock
-        if lock.endswith(f" on {socket.gethostname()}") or time.monotonic() > deadline:
+        is_leaving = before is not None and attempts[-1].read_outcome() is not None  # it ends its last things
+        is_here = lock.endswith(f" on {socket.gethostname()}")
+        if (is_here and not is_leaving) or time.monotonic() > deadline:
             raise RunError(f"run {run.name} has a supervisor, {lock}; this one leaves")
         time.sleep(1.0)
 

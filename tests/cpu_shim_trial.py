@@ -17,7 +17,7 @@ import torch
 import torch.distributed
 
 from megatron_solar.cpu import PATCHES, cuda_calls_on_cpu
-from orchestrator.checkpoints import mark_complete, read_checkpoint, read_parts
+from orchestrator.checkpoints import checkpoint_name, mark_complete, read_checkpoint, read_parts
 from orchestrator.config import compose
 from orchestrator.plan import make_plan
 from tests.checkpoint_records import facts
@@ -34,6 +34,7 @@ SMALL = (
     "layout.micro_batch_size=1",
     "layout.global_batch_size=2",
     "layout.pipeline_parallel=2",
+    "model.tie_embeddings=true",
     "cluster.ranks_per_node=2",
     "training.tokens=32",
 )
@@ -62,16 +63,16 @@ def train(folder: Path, rank: int, without: str) -> None:
         if len(torch.cuda._queued_calls) > queued + 4:  # the few of torch's own start are fine
             raise MemoryError(f"{len(torch.cuda._queued_calls) - queued} calls wait for CUDA after one step")
         writer = checkpoint.CheckpointWriter(rank)
-        writer.save(folder / "saved", replica.pieces)
+        writer.save(folder / checkpoint_name(1, 1), replica.pieces)
         writer.wait()
         torch.distributed.barrier()
-        parts = read_parts(folder / "saved", 2)
+        parts = read_parts(folder / checkpoint_name(1, 1), 2)
         if parts is None:
             raise FileNotFoundError("a rank's record is missing after its save")
         if rank == 0:
-            mark_complete(folder / "saved", facts(1, model=plan.settings.model), parts)
+            mark_complete(folder / checkpoint_name(1, 1), facts(1, model=plan.settings.model), parts)
         torch.distributed.barrier()
-        checkpoint.load_newest([read_checkpoint(folder / "saved")], replica.pieces, lambda *_: None)
+        checkpoint.load_newest([read_checkpoint(folder / checkpoint_name(1, 1))], replica.pieces, lambda *_: None)
         compat.publish_weights(replica.chunks, replica.optimizer, 1)
 
 

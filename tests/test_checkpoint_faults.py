@@ -24,6 +24,7 @@ from megatron_solar.train import check_room
 from orchestrator import exit_codes
 from orchestrator.checkpoint_keeper import mark_left_over
 from orchestrator.checkpoints import (
+    DAMAGED,
     MARKER,
     Checkpoint,
     checkpoint_name,
@@ -38,14 +39,13 @@ from orchestrator.errors import DiskFullError
 from orchestrator.events import (
     CheckpointEvent,
     DamageEvent,
-    RemovedEvent,
     RepeatEvent,
     SaveEvent,
     StartEvent,
     StepEvent,
     read_events,
 )
-from orchestrator.files import JsonLines
+from orchestrator.files import JsonLines, read_json
 from orchestrator.plan import TrainingPlan, make_plan, write_plan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.slurm.ranks import Ranks
@@ -226,8 +226,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert problem in told.problems
     assert starts_from(attempt) == checkpoint_name(2, 1)
     assert losses(attempt) == trained[2][2:]
-    removed = [event for _, event in read_events(attempt.supervisor_events) if isinstance(event, RemovedEvent)]
-    assert [(event.name, event.why) for event in removed] == [(newest.name, "never completed, or damaged")]
+    assert read_json(newest.path / DAMAGED)["problems"] == list(told.problems)  # it goes once two are newer
     assert [(c.step, c.attempt) for c in complete_checkpoints(run)] == [(0, 1), (2, 1), (4, 2), (6, 2)]
     (repeated,) = [event for event in events_of(attempt) if isinstance(event, RepeatEvent)]
     assert (repeated.first_step, repeated.last_step) == (3, 6)  # attempt 1 had done them, and recorded the same bits

@@ -1,6 +1,7 @@
 """A checkpoint exists when its marker does; what is marked can be checked; readers follow the newest start."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from orchestrator.checkpoints import (
     complete_checkpoints,
     damage,
     foreign,
+    lost_checkpoints,
     mark_complete,
     mark_damaged,
     merge_tensors,
@@ -22,8 +24,10 @@ from orchestrator.checkpoints import (
     read_checkpoint,
     read_index,
     read_parts,
+    unusable_markers,
 )
 from orchestrator.errors import CheckpointError
+from orchestrator.files import write_json
 from orchestrator.run_directory import RunDirectory, create_run
 from tests.checkpoint_records import RANKS, SHAPE, facts, write_checkpoint, write_parts
 
@@ -95,6 +99,37 @@ def test_pieces_that_leave_a_gap_or_overlap_or_disagree_are_not_marked(run: RunD
     with pytest.raises(CheckpointError, match=r"weight/w is \(\(4, 6\), 'F32'\) for one rank"):
         merge_tensors([parts[0], dataclasses.replace(parts[1], tensors={"weight/w": other})])
     assert not (path / MARKER).exists()
+
+
+def test_pieces_with_a_gap_as_large_as_their_overlap_are_not_whole(run: RunDirectory) -> None:
+    _, (one, other) = write_parts(run, 20)
+    (piece,) = one.tensors["weight/w"].pieces
+    twice = dataclasses.replace(other.tensors["weight/w"], pieces=(dataclasses.replace(piece, file=other.file),))
+    with pytest.raises(CheckpointError, match="numbers that two ranks wrote, and others that none did"):
+        merge_tensors([one, dataclasses.replace(other, tensors={"weight/w": twice})])
+
+
+def test_a_damaged_marker_costs_its_own_checkpoint_and_no_other(run: RunDirectory) -> None:
+    write_checkpoint(run, 10)
+    torn, edited, moved = write_checkpoint(run, 20), write_checkpoint(run, 30), write_checkpoint(run, 40)
+    (torn.path / MARKER).write_text((torn.path / MARKER).read_text()[:200])
+    text = (edited.path / MARKER).read_text()
+    (edited.path / MARKER).write_text(text.replace('"consumed_samples": 240', '"consumed_samples": 248'))
+    moved.path.rename(run.checkpoint_path(checkpoint_name(50, 1)))
+    assert steps(run) == [(10, 1)]
+    assert set(unusable_markers(run)) == {torn.name, edited.name, checkpoint_name(50, 1)}
+    assert "is damaged: it is not what was written" in unusable_markers(run)[edited.name]
+
+
+def test_a_run_that_ever_had_a_checkpoint_is_told_from_one_that_had_none(run: RunDirectory) -> None:
+    assert lost_checkpoints(run) == ""
+    checkpoint = write_checkpoint(run, 10, attempt=0)  # of a branch: no supervisor of this run has marked it
+    assert lost_checkpoints(run) == ""
+    mark_damaged(checkpoint.path, ["a flipped byte"], 1.0)
+    assert f"the last of them {checkpoint.name}" in lost_checkpoints(run)
+    shutil.rmtree(checkpoint.path)
+    write_json(run.provenance, {"branched_from": {"run": "other", "checkpoint": "step_0000010.attempt_0003"}})
+    assert "the last of them step_0000010.attempt_0003" in lost_checkpoints(run)
 
 
 def test_of_one_step_the_newest_start_counts(run: RunDirectory) -> None:

@@ -93,7 +93,8 @@ def make_run(runs: Path, name: str = "a-run", *overrides: str, ended: str | None
         write_json(
             attempt.outcome,
             {"attempt": 1, "cause": cause, "message": "rank 0: boom", "rank": 0, "host": "here", "first_step": 1,
-             "last_step": 4, "saved_step": 0, "started": time.time() - 50, "ended": time.time() - 40, "exit_codes": {},
+             "last_step": 4, "saved_step": 0, "started": time.time() - 50, "ended": time.time() - 40, "submissions": 1,
+             "exit_codes": {},
              "action": ended, "why": "because"},
         )  # fmt: skip
     return run

@@ -17,6 +17,7 @@ def outcome(action: Action, cause: Cause, ended: float) -> dict[str, Any]:
         "action": str(action),
         "cause": str(cause),
         "ended": ended,
+        "submissions": 1,
         "message": "what happened",
         "why": "what follows",
     }

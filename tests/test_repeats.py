@@ -1,16 +1,13 @@
 """Steps that are done again: what is compared with what, and what is told of it."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
 from orchestrator.config import compose
-from orchestrator.events import RepeatEvent, StepEvent, event_record
-from orchestrator.files import JsonLines
-from orchestrator.plan import TrainingPlan, make_plan, write_plan
-from orchestrator.repeats import NOISE, RepeatedSteps, noise, recorded_losses
-from orchestrator.run_directory import AttemptDirectory, create_run
+from orchestrator.events import RepeatEvent
+from orchestrator.plan import TrainingPlan, make_plan
+from orchestrator.repeats import NOISE, EarlierAttempt, RepeatedSteps, noise, recorded_losses
 
 PLAN = make_plan(compose("demo-base"))
 
@@ -49,28 +46,14 @@ def test_the_noise_is_none_where_the_same_bits_are_due(
     assert noise(before, now) == expected
 
 
-def attempt_with(path: Path, plan: TrainingPlan, losses: dict[int, float]) -> AttemptDirectory:
-    attempt = AttemptDirectory(path)
-    attempt.path.mkdir(parents=True)
-    write_plan(attempt.plan, plan)
-    lines = JsonLines(attempt.events)
-    for step, loss in losses.items():
-        lines.append(event_record(StepEvent(
-            time=1.0, step=step, loss=loss, gradient_norm=1.0, learning_rate=1.0, consumed_samples=1, consumed_tokens=1,
-            step_seconds=1.0, data_seconds=0.0, tokens_per_second=1.0, tokens_per_second_per_gpu=1.0,
-            tflops_per_gpu=1.0, mfu=0.1,
-        )))  # fmt: skip
-    lines.close()
-    return attempt
-
-
-def test_the_newest_attempt_that_did_a_step_is_what_it_is_compared_with(tmp_path: Path) -> None:
-    attempts = create_run(tmp_path, "a-run").attempts_folder
-    first = attempt_with(attempts / "0001", PLAN, {1: 9.0, 2: 8.0, 3: 7.0, 4: 6.0})
-    second = attempt_with(attempts / "0002", PLAN, {3: 7.5})
+def test_the_newest_attempt_that_did_a_step_is_what_it_is_compared_with() -> None:
+    first = EarlierAttempt(plan=PLAN, losses={1: 9.0, 2: 8.0, 3: 7.0, 4: 6.0})
+    second = EarlierAttempt(plan=PLAN, losses={3: 7.5})
     assert recorded_losses([first, second], PLAN, after_step=1) == {2: (8.0, 0.0), 3: (7.5, 0.0), 4: (6.0, 0.0)}
-    other = attempt_with(attempts / "0003", with_(training={"learning_rate": 1e-3}), {4: 5.0})
+    other = EarlierAttempt(plan=with_(training={"learning_rate": 1e-3}), losses={4: 5.0})
     assert recorded_losses([first, second, other], PLAN, after_step=2) == {3: (7.5, 0.0)}  # 4 was trained otherwise
+    unreadable = EarlierAttempt(plan=None, losses={3: 1.0})
+    assert recorded_losses([first, unreadable], PLAN, after_step=2) == {4: (6.0, 0.0)}
 
 
 def told_of(recorded: dict[int, tuple[float, float]], losses: dict[int, float]) -> list[tuple[int, int, int, bool]]:

@@ -54,9 +54,11 @@ def test_an_abandoned_branch_goes_once_the_surviving_one_has_two() -> None:
 
 
 def test_folders_that_were_never_completed_go_but_not_what_is_being_written() -> None:
-    names = [checkpoint_name(70, 1), checkpoint_name(65, 2), "somebodys-notes"]
-    gone = expendable([c.name for c in LINE] + names, LINE, CheckpointSettings(keep_last=99), attempt=1)
-    assert gone == {checkpoint_name(65, 2): "never completed, or damaged"}
+    line = [checkpoint(step, 2) for step in range(0, 70, 10)]
+    names = [checkpoint_name(step, attempt) for step, attempt in ((70, 2), (45, 1), (55, 1), (45, 3))]
+    gone = expendable([c.name for c in line] + [*names, "a-note"], line, CheckpointSettings(keep_last=99), attempt=2)
+    # 55 stays until two are newer than it; attempt 3 is somebody who has taken the run over.
+    assert gone == {checkpoint_name(45, 1): "never completed, or damaged"}
 
 
 @given(

@@ -14,7 +14,7 @@ from orchestrator import exit_codes
 from orchestrator.checkpoints import complete_checkpoints
 from orchestrator.errors import RunError
 from orchestrator.exit_codes import Cause
-from orchestrator.files import read_json
+from orchestrator.files import read_json, write_json
 from orchestrator.launch import cancel
 from orchestrator.reconcile import State
 from orchestrator.resume import prepare_resume, resume
@@ -111,7 +111,35 @@ def test_a_cancel_between_the_warning_and_the_end_is_not_undone_by_a_requeue(
     status = wait_to_end(run)
     wait_for("an empty machine", lambda: not processes_of(run), run)
     assert (status.state, status.attempts) == (State.CANCELLED, 1)
-    assert read_status(run).attempt_list[0].cause == "time_limit"
+    assert read_status(run).attempt_list[0].cause in ("time_limit", "cancelled")  # whichever was seen first
+
+
+def test_a_cancel_whose_signal_is_lost_is_seen_all_the_same(start: Callable[..., RunDirectory]) -> None:
+    run = start(steps=100_000)
+    wait_for("step 3", lambda: step_of(run) >= 3, run)
+    run.write_cancel_mark()
+    status = wait_to_end(run)
+    assert (status.state, status.cause, status.attempts) == (State.CANCELLED, "cancelled", 1)
+    assert complete_checkpoints(run)[-1].step == status.step
+
+
+@pytest.mark.parametrize(
+    ("codes", "known", "cause"),
+    [
+        ({0: 137}, exit_codes.DISK_FULL, Cause.DISK_FULL),  # srun's code, of ranks that were killed after it
+        ({0: 74}, exit_codes.DISK_FULL, Cause.DISK_FULL),
+        ({0: 137}, exit_codes.NOT_FINITE, Cause.NOT_FINITE),
+        ({0: 137}, exit_codes.EXCEPTION, Cause.RANK_KILLED),  # a peer that lost its connection
+        ({0: 1}, exit_codes.EXCEPTION, Cause.EXCEPTION),
+    ],
+)
+def test_a_rank_that_knows_its_cause_is_believed_before_the_largest_exit_code(
+    tmp_path: Path, codes: dict[int, int], known: int, cause: Cause
+) -> None:
+    attempt = create_run(tmp_path, "a-run").new_attempt()
+    record = {"rank": 3, "host": "n002", "time": 1.0, "step": 5, "exit_code": known, "error": "E", "message": "why"}
+    write_json(attempt.rank_failure(3), record)
+    assert explain(attempt, codes, codes, "").cause == cause
 
 
 def test_an_exception_in_a_rank_is_what_the_user_sees_and_nothing_is_started_again(

@@ -118,6 +118,7 @@ def start_event(attempt: int, step: int) -> StartEvent:
         peak_tflops=1.0,
         peak_source="given",
         start_seconds=1.0,
+        ancestry=(),
     )
 
 
@@ -159,7 +160,7 @@ def make_attempt(
 
 def end_attempt(attempt: AttemptDirectory, cause: str, action: str) -> None:
     ended = STARTED + 1000 * attempt.number + 500
-    write_json(attempt.outcome, {"cause": cause, "message": "why", "action": action, "ended": ended})
+    write_json(attempt.outcome, {"cause": cause, "message": "why", "action": action, "ended": ended, "submissions": 1})
 
 
 def rows(store: Path, query: str) -> list[tuple[Any, ...]]:
