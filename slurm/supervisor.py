@@ -391,9 +391,9 @@ def main(path: str) -> int:
 
 def keep_renewing(lock: OwnedLock) -> None:
     """Show other hosts that this supervisor lives, whatever it waits for."""
-    while True:
-        time.sleep(LOCK_RENEWAL_SECONDS)
+    while lock.is_mine():
         lock.renew()
+        time.sleep(LOCK_RENEWAL_SECONDS)
 
 
 def take_run(run: RunDirectory) -> OwnedLock:
