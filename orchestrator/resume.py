@@ -65,7 +65,7 @@ def prepare_resume(run: RunDirectory, overrides: Sequence[str] = (), *, allow_up
     if problems:
         raise ConfigError(f"run {run.name} cannot be resumed so; {len(problems)} to mend:", problems)
     plan = make_plan(settings) if changes else before
-    if status.state == State.FINISHED and checkpoint is not None and checkpoint.step >= plan.total_steps:
+    if status.state == State.FINISHED and (checkpoint is None or checkpoint.step >= plan.total_steps):
         raise RunError(
             f"run {run.name} has done all its {status.total_steps} steps; export it with `orchestrate export "
             f"{run.name} --output DIR`, or prolong it with `orchestrate resume {run.name} tokens=...`"
