@@ -8,8 +8,6 @@ not finite ends the run before the optimizer has seen it.
 
 import functools
 import math
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +23,11 @@ from megatron_solar.data import Samples, open_samples
 from megatron_solar.replica import Replica, build_replica, weight_source
 from orchestrator.checkpoints import (
     MARKER,
+    VISIBLE_SECONDS,
     Checkpoint,
     checkpoint_name,
     complete_checkpoints,
+    files_written,
     foreign,
     lost_checkpoints,
     parse_name,
@@ -47,7 +47,7 @@ from orchestrator.events import (
     event_record,
     read_events,
 )
-from orchestrator.files import JsonLines, read_json
+from orchestrator.files import JsonLines, free_room, read_json
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.repeats import EarlierAttempt, RepeatedSteps, recorded_losses
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
@@ -55,9 +55,6 @@ from orchestrator.schedule import learning_rate
 
 STOP_REASONS = ("time_limit", "preempted", "cancelled", "stopped")
 """What the supervisor may ask for; all ranks learn the same one."""
-
-VISIBLE_SECONDS = 60.0
-"""How long a node may take to see a file that another one has written."""
 
 
 class NotFiniteError(ArithmeticError):
@@ -335,10 +332,8 @@ def check_room(folder: Path, plan: TrainingPlan) -> None:
     Raises:
         DiskFullError: too few bytes or inodes are free.
     """
-    free = os.statvfs(folder.parent)
-    files = 2 * plan.layout.world_size + 4
-    has_inodes = free.f_files == 0 or free.f_favail >= files  # some file systems have no fixed number
-    if shutil.disk_usage(folder.parent).free < plan.checkpoint_bytes or not has_inodes:
+    free_bytes, inodes = free_room(folder.parent)
+    if free_bytes < plan.checkpoint_bytes or inodes < files_written(plan.layout.world_size):
         raise disk_full(folder, plan.checkpoint_bytes)
 
 

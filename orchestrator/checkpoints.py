@@ -31,6 +31,8 @@ from orchestrator.values import from_plain, to_plain
 MARKER = "complete.json"
 INDEX = "tensors.json"
 DAMAGED = "damaged.json"
+VISIBLE_SECONDS = 60.0
+"""How long a node may take to see a file that another one has written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,6 +162,11 @@ def part_file(rank: int) -> str:
 def part_record(rank: int) -> str:
     """Return the name of the file in which a rank says that its pieces are on disk."""
     return f"rank_{rank:04d}.json"
+
+
+def files_written(world_size: int) -> int:
+    """Return how many files a save makes at once: two a rank, index, marker, and two temporary names."""
+    return 2 * world_size + 4
 
 
 def read_parts(path: Path, world_size: int) -> list[RankPart] | None:

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -113,6 +114,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 def is_full(error: BaseException) -> bool:
     """Return whether a file system had no space, no quota or no inode left."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def free_room(folder: Path) -> tuple[int, float]:
+    """Return the bytes and the inodes that are free where a folder lies; a quota shows in neither.
+
+    Some file systems have no fixed number of inodes: infinity.
+    """
+    facts = os.statvfs(folder)
+    return shutil.disk_usage(folder).free, facts.f_favail if facts.f_files else math.inf
 
 
 def _umask() -> int:

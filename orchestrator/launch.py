@@ -1,15 +1,13 @@
 """Make a run's folder and submit it; cancel one. Effects, in the order in which they must happen."""
 
 import dataclasses
-import os
-import shutil
 from pathlib import Path
 
 from orchestrator.changes import OF_A_BRANCH, change_problems, changes_between
-from orchestrator.checkpoints import Checkpoint, checkpoint_name, foreign, write_marker
+from orchestrator.checkpoints import Checkpoint, checkpoint_name, files_written, foreign, write_marker
 from orchestrator.config import to_yaml
 from orchestrator.errors import CheckpointError, ConfigError, OrchestrateError, RunError
-from orchestrator.files import file_mask, link_or_copy, new_folder, write_atomic, write_json
+from orchestrator.files import file_mask, free_room, link_or_copy, new_folder, write_atomic, write_json
 from orchestrator.plan import TrainingPlan, read_plan, write_plan
 from orchestrator.provenance import provenance, snapshot_code
 from orchestrator.reconcile import ENDED
@@ -89,8 +87,8 @@ def check_disk(plan: TrainingPlan, runs: Path, held_bytes: int = 0) -> None:
     """
     there = next(folder for folder in (runs, *runs.parents) if folder.exists())
     count = kept_at_most(plan.total_steps, plan.settings.checkpoint)
-    free, facts = shutil.disk_usage(there).free, os.statvfs(there)
-    files = count * (2 * plan.layout.world_size + 4)
+    free, inodes = free_room(there)
+    files = count * files_written(plan.layout.world_size)
     problems = []
     needed = max(plan.checkpoint_bytes, count * plan.checkpoint_bytes - held_bytes)
     if free < needed:
@@ -99,8 +97,8 @@ def check_disk(plan: TrainingPlan, runs: Path, held_bytes: int = 0) -> None:
             f"{' more' if held_bytes else ''}, {there} has {format_bytes(free)} free; keep fewer "
             "(checkpoint.keep_last, keep_every_steps), free space, or choose another paths.runs"
         )
-    if facts.f_files and facts.f_favail < files:
-        problems.append(f"{count} checkpoints have {files} files, {there} has {facts.f_favail} inodes free")
+    if inodes < files:
+        problems.append(f"{count} checkpoints have {files} files, {there} has {inodes} inodes free")
     if problems:
         raise ConfigError(f"run {plan.settings.name!r} has no room for its checkpoints:", problems)
 

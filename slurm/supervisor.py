@@ -25,7 +25,7 @@ import psutil
 
 from orchestrator import exit_codes
 from orchestrator.checkpoint_keeper import CheckpointKeeper, mark_left_over
-from orchestrator.checkpoints import complete_checkpoints, parse_name
+from orchestrator.checkpoints import VISIBLE_SECONDS, complete_checkpoints, parse_name
 from orchestrator.errors import OrchestrateError, RunError
 from orchestrator.events import CheckpointEvent, StartEvent, StepEvent, read_events
 from orchestrator.exit_codes import CAUSE_OF_CODE, Cause
@@ -39,8 +39,6 @@ from orchestrator.slurm.submission import code_environment, submit
 
 POLL_SECONDS = 0.05
 LOOK_SECONDS = 1.0
-VISIBLE_SECONDS = 60.0
-"""How long this node may take to see what ranks of another one have written."""
 LOCK_RENEWAL_SECONDS = 5.0
 LOCK_STALE_SECONDS = 60.0
 """Age at which the lock of a supervisor on another host is taken over; its owner renews it much more often."""

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -188,6 +189,26 @@ def start(tmp_path: Path, corpus: Path) -> Iterator[Callable[..., RunDirectory]]
             for child in process.children(recursive=True):
                 child.kill()
             process.kill()
+
+
+@pytest.fixture
+def mount_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mount small file systems; needs root, as in CI."""
+    mounted: list[Path] = []
+
+    def mount(megabytes: int, inodes: int = 0) -> Path:
+        folder = tmp_path / f"disk-{len(mounted)}"
+        folder.mkdir()
+        options = f"size={megabytes}m" + (f",nr_inodes={inodes}" if inodes else "")
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
+        mounted.append(folder)
+        return folder
+
+    if os.geteuid():
+        pytest.skip("mounting a small file system needs root")
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ import functools
 import os
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -392,26 +391,6 @@ def test_a_base_that_lacks_tensors_is_refused_with_their_names(
 # A full disk.
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mount small file systems; needs root, as in CI."""
-    mounted: list[Path] = []
-
-    def mount(megabytes: int, inodes: int = 0) -> Path:
-        folder = tmp_path / f"disk-{len(mounted)}"
-        folder.mkdir()
-        options = f"size={megabytes}m" + (f",nr_inodes={inodes}" if inodes else "")
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
-        mounted.append(folder)
-        return folder
-
-    if os.geteuid():
-        pytest.skip("mounting a small file system needs root")
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 def piece_of(megabytes: int) -> OwnedPiece:
     count = megabytes * 1_000_000 // 4
     rectangle = Rectangle(offset=(0,), size=(count,), start=0)
@@ -421,9 +400,9 @@ def piece_of(megabytes: int) -> OwnedPiece:
 
 
 def test_a_disk_that_fills_while_a_rank_writes_is_told_and_gives_its_space_back(
-    small_disk: Callable[..., Path],
+    mount_disk: Callable[..., Path],
 ) -> None:
-    disk = small_disk(30)
+    disk = mount_disk(30)
     writer = CheckpointWriter(0)
     writer.save(disk / "first", [piece_of(20)])
     writer.wait()
@@ -437,12 +416,12 @@ def test_a_disk_that_fills_while_a_rank_writes_is_told_and_gives_its_space_back(
 
 
 def test_a_save_without_room_or_inodes_is_refused_before_a_byte_is_written(
-    trainer: Trainer, small_disk: Callable[..., Path]
+    trainer: Trainer, mount_disk: Callable[..., Path]
 ) -> None:
     _, plan = trainer.make_run()
     needed = plan.checkpoint_bytes
-    room, no_room = small_disk(needed // 1_000_000 + 20), small_disk(needed // 1_000_000 - 5)
-    no_inodes = small_disk(needed // 1_000_000 + 20, inodes=3)
+    room, no_room = mount_disk(needed // 1_000_000 + 20), mount_disk(needed // 1_000_000 - 5)
+    no_inodes = mount_disk(needed // 1_000_000 + 20, inodes=3)
     check_room(room / "step", plan)
     with pytest.raises(DiskFullError, match="are free; free space or raise the quota"):
         check_room(no_room / "step", plan)
