@@ -38,7 +38,10 @@ def settings_problems(settings: RunSettings) -> list[str]:
     found += grid_problems
     if not shape_problems and not grid_problems and settings.data.sequence_length > 0:
         layout = build_layout(settings)
-        found += layout.problems(settings.model, settings.data.sequence_length, settings.cluster.ranks_per_node)
+        cluster = settings.cluster
+        # Links between GPUs of a node are why tensor parallelism stays in one; between CPU ranks there are none.
+        within = cluster.ranks_per_node if cluster.device == "cuda" else layout.world_size
+        found += layout.problems(settings.model, settings.data.sequence_length, within)
     return found
 
 

@@ -107,6 +107,76 @@ class CheckpointSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SlurmSettings:
+    """What a site asks of a job beyond partition, account and time; each is left to Slurm where it is not set."""
+
+    qos: Free[str | None] = None
+    reservation: Free[str | None] = None
+    constraint: Free[str | None] = None
+    """Features of the nodes, as `--constraint` takes them."""
+    exclusive: Free[bool] = False
+    """Whole nodes for this job alone."""
+    exclude: Free[tuple[str, ...]] = ()
+    """Nodes that are never taken."""
+    switches: Free[str | None] = None
+    """Most switches and how long to wait for them: `2@01:00:00`."""
+    gpus: Free[Literal["gpus-per-node", "gres", "none"]] = "gpus-per-node"
+    """How the GPUs of a node are asked for; `none` where whole nodes come with theirs."""
+    gpu_type: Free[str | None] = None
+    """The site's name of the GPUs, put before their number."""
+    memory: Free[str | None] = None
+    """Of a node, as `--mem` takes it; `0` is all of it."""
+    cpus_per_rank: Free[int | None] = None
+    """Asked of sbatch and of srun, which inherits it no more since Slurm 22.05."""
+    cpu_bind: Free[str | None] = None
+    """srun's `--cpu-bind`."""
+    memory_bind: Free[str | None] = None
+    """srun's `--mem-bind`; `local` keeps a rank on its NUMA node."""
+    requeue: Free[bool] = True
+    """Whether the site lets a job be requeued; otherwise the run goes on in a successor."""
+    modules: Free[tuple[str, ...]] = ()
+    """Environment modules to load before the supervisor."""
+    setup: Free[tuple[str, ...]] = ()
+    """Shell lines of the job's script before the supervisor."""
+    pre_command: Free[tuple[str, ...]] = ()
+    """Words before each rank's command, such as a binding script of the site."""
+    sbatch_lines: Free[tuple[str, ...]] = ()
+    """Further options of sbatch, each as it is written: `--comment=pretraining`."""
+    srun_lines: Free[tuple[str, ...]] = ()
+    """Further options of srun where it starts ranks."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContainerSettings:
+    """In what the ranks run; the supervisor runs outside of it."""
+
+    runtime: Recorded[Literal["none", "pyxis", "apptainer"]] = "none"
+    image: Recorded[str] = ""
+    """A file of the shared disk, or what the runtime can fetch."""
+    mounts: Recorded[tuple[str, ...]] = ()
+    """`from:to` or `from:to:ro`; run folder, data and base are mounted anyway."""
+    arguments: Recorded[tuple[str, ...]] = ()
+    """Further options of the runtime, each as it is written."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NodeCheckSettings:
+    """What a node must pass before ranks start on it."""
+
+    enabled: Free[bool] = True
+    seconds: Free[int] = 120
+    """Within which a node must have answered."""
+    without: Free[tuple[str, ...]] = ()
+    """Names of checks to leave out."""
+    limits: Free[dict[str, float]] = dataclasses.field(default_factory=dict)
+    """Other limits than a check's own, by its name."""
+    own: Free[dict[str, str]] = dataclasses.field(default_factory=dict)
+    """A site's checks by name: shell commands run on each node, that fail with what is wrong as their last line."""
+    silent_seconds: Free[float] = 15.0
+    """A node from which nothing was heard for so long counts as dead."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ClusterSettings:
     """Where it runs and what an hour costs."""
 
@@ -116,6 +186,8 @@ class ClusterSettings:
     nodes: Recorded[int] = 1
     ranks_per_node: Recorded[int] = 8
     """One rank a GPU."""
+    spare_nodes: Free[int] = 0
+    """Nodes beyond `nodes` to ask for; one that fails is replaced by one of them, in the same allocation."""
     gpu: Recorded[str] = ""
     gpu_memory_gb: Free[float | None] = None
     """Decimal gigabytes of one device."""
@@ -128,10 +200,19 @@ class ClusterSettings:
     warning_seconds: Free[int] = 300
     """How long before the time limit the run is told to save and leave."""
     price_per_gpu_hour: Free[float | None] = None
+    node_write_gb_per_second: Free[float] = 0.5
+    """Decimal gigabytes a second that a node can be counted on to write while all others do."""
     worker_python: Recorded[str | None] = None
     """Interpreter of the workers; empty means the one that launched."""
     environment: Recorded[dict[str, str]] = dataclasses.field(default_factory=dict)
     """Variables set for the workers."""
+    one_machine: Free[bool] = False
+    """Whether all nodes are this machine, as in a sandbox, and see its disk."""
+    fork_ranks: Recorded[bool] = False
+    """Whether CPU ranks are forked from one preloaded process; for nodes that are one machine."""
+    slurm: SlurmSettings = SlurmSettings()
+    container: ContainerSettings = ContainerSettings()
+    checks: NodeCheckSettings = NodeCheckSettings()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -227,7 +227,7 @@ class Supervisor:
 
     def _start(self, attempt: AttemptDirectory) -> Ranks:
         cluster = self._plan.settings.cluster
-        if cluster.scheduler == "local" and cluster.device == "cpu":
+        if cluster.fork_ranks:
             if self._preload is None or not self._preload.is_alive:
                 self._preload = Preload(self._run, self._plan)
             self._preload.wait_until_ready()

@@ -151,12 +151,12 @@ def _serve(uri: str, port: int, page: str) -> None:
         )
         try:
             _wait_until_ready(server, port, output)
-            click.echo(page)
             click.echo(
                 f"from another machine: ssh -L {port}:{ADDRESS}:{port} "
                 f"{getpass.getuser()}@{socket.gethostname()}\nCtrl-C ends it",
                 err=True,
             )
+            click.echo(page)  # last: who has read it may count on the rest
             server.wait()
             raise TrackingError(f"MLflow's server ended with {server.returncode}:\n{_tail(output)}")
         except KeyboardInterrupt:
