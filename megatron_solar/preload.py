@@ -9,6 +9,7 @@ import array
 import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import os
 import selectors
@@ -32,7 +33,7 @@ def main(socket_path: str) -> None:
     with cuda_calls_on_cpu():
         _warm_up()
         gc.freeze()
-        serve(Path(socket_path), _run_worker)
+        serve(Path(socket_path), _run_module)
 
 
 def serve(path: Path, run: Callable[[list[str]], int]) -> None:
@@ -146,17 +147,19 @@ def _warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import megatron_solar.train  # noqa: F401
+    import megatron_solar.node_checks
+    import megatron_solar.train
+    import megatron_solar.worker  # noqa: F401
 
     parameter = torch.nn.Parameter(torch.ones(1))
     parameter.grad = torch.ones(1)
     torch.optim.AdamW([parameter]).step()
 
 
-def _run_worker(arguments: list[str]) -> int:
-    from megatron_solar import worker
-
-    return worker.main(arguments)
+def _run_module(arguments: list[str]) -> int:
+    """Run `main` of the module that the first argument names with the others."""
+    module, *rest = arguments
+    return int(importlib.import_module(module).main(rest))
 
 
 def _die_with_parent(parent: int) -> None:

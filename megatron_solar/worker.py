@@ -36,8 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rank", type=int, default=int(os.environ.get("SLURM_PROCID", "0")))
     parser.add_argument("--local-rank", type=int, default=int(os.environ.get("SLURM_LOCALID", "0")))
     options = parser.parse_args(arguments)
-    # The supervisor hears the warnings and asks through the stop file; a rank that Slurm signals lives on.
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
+    # The supervisor hears the warnings and asks through the stop file; a rank that Slurm signals lives on, also
+    # at the TERM of a requeue or a cancellation: until the KILL some seconds later it can save.
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     # Deprecations among torch and megatron, repeated by every rank, would bury what matters in its log.
     warnings.filterwarnings("ignore", module=r"(torch|megatron)\.")
@@ -62,7 +63,9 @@ def _run_rank(
 
     on_cpu = plan.settings.cluster.device == "cpu"
     if on_cpu:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // plan.settings.cluster.ranks_per_node))
+        cluster = plan.settings.cluster
+        neighbours = cluster.ranks_per_node * (cluster.nodes if cluster.one_machine else 1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
     else:
         torch.cuda.set_device(local_rank % max(1, torch.cuda.device_count()))
     if plan.settings.training.deterministic:
@@ -92,7 +95,8 @@ def join(attempt: AttemptDirectory, rank: int, world_size: int, backend: str) ->
         write_json(attempt.rendezvous, {"host": host, "port": store.port})
     else:
         deadline = time.monotonic() + RENDEZVOUS_SECONDS
-        while not attempt.rendezvous.exists():
+        # The folder is read anew, since a network file system remembers for long that a name was not there.
+        while attempt.rendezvous.name not in os.listdir(attempt.path):  # noqa: PTH208
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"rank 0 did not say where it listens within {RENDEZVOUS_SECONDS} s: {attempt.rendezvous}"
@@ -104,19 +108,26 @@ def join(attempt: AttemptDirectory, rank: int, world_size: int, backend: str) ->
 
 
 def own_address() -> str:
-    """Return the address by which this host reaches the others, without sending anything."""
-    with contextlib.suppress(OSError):
-        return socket.gethostbyname(socket.gethostname())
+    """Return the address by which this host reaches the supervisor's, without sending anything.
+
+    Names of nodes may resolve to a loopback address, or not at all; srun tells its own address to every task.
+    """
+    known = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "192.0.2.1")  # otherwise an address of documentation
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # a documentation address; a datagram socket sends nothing here
+        probe.connect((known, 9))  # a datagram socket sends nothing here
         return str(probe.getsockname()[0])
+
+
+def node_name() -> str:
+    """Return Slurm's name of this node, or the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _record_failure(attempt: AttemptDirectory, rank: int, error: BaseException, code: int) -> None:
     text = "".join(traceback.format_exception(error))
     record = {
         "rank": rank,
-        "host": socket.gethostname(),
+        "host": node_name(),
         "time": time.time(),
         "step": last_step(attempt),
         "exit_code": code,

@@ -5,7 +5,8 @@ import re
 
 from orchestrator.layout import ParallelLayout
 from orchestrator.model_shape import choose, divisors
-from orchestrator.settings import RunSettings
+from orchestrator.settings import ClusterSettings, RunSettings, SlurmSettings
+from orchestrator.units import format_bytes
 
 
 def build_layout(settings: RunSettings) -> ParallelLayout:
@@ -129,27 +130,134 @@ def _cluster_problems(settings: RunSettings) -> list[str]:
             f"cluster.warning_seconds={cluster.warning_seconds} should be from 0 to below "
             f"cluster.time_limit={cluster.time_limit}"
         )
+    elif cluster.scheduler == "slurm" and cluster.nodes > 0 and 0 < cluster.node_write_gb_per_second < math.inf:
+        found += _save_problems(settings, limit)
     for name, value in (
         ("peak_tflops", cluster.peak_tflops),
         ("gpu_memory_gb", cluster.gpu_memory_gb),
+        ("node_write_gb_per_second", cluster.node_write_gb_per_second),
         ("price_per_gpu_hour", cluster.price_per_gpu_hour),
     ):
         is_possible = value is None or 0 < value < math.inf or (name == "price_per_gpu_hour" and value == 0)
         if not is_possible:
             found.append(f"cluster.{name}={value} should be above 0; leave it out where it is not known")
-    if cluster.scheduler == "local" and cluster.nodes > 1:
-        found.append(f"cluster.nodes={cluster.nodes} needs a cluster; {cluster.name} is this machine alone, use 1")
+    if cluster.spare_nodes < 0:
+        found.append(f"cluster.spare_nodes should be 0 or more, found {cluster.spare_nodes}")
+    if cluster.scheduler == "local" and (cluster.nodes > 1 or cluster.spare_nodes > 0):
+        found.append(
+            f"cluster.nodes={cluster.nodes} with spare_nodes={cluster.spare_nodes} needs a cluster; {cluster.name} is "
+            "this machine alone, use 1 and 0"
+        )
+    is_one_machine = cluster.one_machine or cluster.scheduler == "local"
+    if cluster.fork_ranks and cluster.device == "cpu" and not is_one_machine:
+        found.append(
+            f"cluster.fork_ranks=true needs one_machine=true, found one_machine={str(cluster.one_machine).lower()}; "
+            "set fork_ranks=false, and each rank is started by itself"
+        )
+    return [*found, *_slurm_problems(cluster.slurm), *_container_problems(cluster), *_variable_problems(cluster)]
+
+
+def save_seconds(settings: RunSettings) -> float:
+    """Return how long a save takes at least, in seconds: each node writes its share of a checkpoint as fast as it can.
+
+    12 bytes a parameter: fp32 weights and two moments. The step under way is not in it.
+    """
+    cluster = settings.cluster
+    return settings.model.parameters() * 12 / (cluster.nodes * cluster.node_write_gb_per_second * 1e9)
+
+
+def _save_problems(settings: RunSettings, limit_seconds: int) -> list[str]:
+    """Return whether there is no time to save between the warning and the end of a job."""
+    cluster, needed = settings.cluster, int(save_seconds(settings))
+    if cluster.warning_seconds >= needed:
+        return []
+    what = (
+        f"a save of {format_bytes(settings.model.parameters() * 12)} takes at least {needed} s on {cluster.nodes} "
+        f"nodes at cluster.node_write_gb_per_second={cluster.node_write_gb_per_second:g}"
+    )
+    if limit_seconds <= needed:
+        return [f"cluster.time_limit={cluster.time_limit} is too short: {what}; allow some times as much"]
+    return [
+        f"cluster.warning_seconds={cluster.warning_seconds} is too short: {what}; set it to at least {needed} and a "
+        "step, or the speed that was measured"
+    ]
+
+
+def _slurm_problems(slurm: SlurmSettings) -> list[str]:
+    found = []
+    if slurm.cpus_per_rank is not None and slurm.cpus_per_rank < 1:
+        found.append(f"cluster.slurm.cpus_per_rank should be at least 1, found {slurm.cpus_per_rank}")
+    if slurm.gpu_type and slurm.gpus == "none":
+        found.append(
+            f"cluster.slurm.gpu_type={slurm.gpu_type} is asked for with gpus=none; choose gres or gpus-per-node"
+        )
+    for name, lines in (("sbatch_lines", slurm.sbatch_lines), ("srun_lines", slurm.srun_lines)):
+        found += [
+            f"cluster.slurm.{name} has {line!r}, which is no option; write it as --name=value"
+            for line in lines
+            if not line.startswith("-") or "\n" in line
+        ]
+    return found
+
+
+def _container_problems(cluster: ClusterSettings) -> list[str]:
+    container = cluster.container
+    if container.runtime == "none":
+        if container.image:
+            return [f"cluster.container.image={container.image} needs a runtime; set cluster.container.runtime"]
+        return []
+    what = f"cluster.container.runtime={container.runtime}"
+    found = []
+    if not container.image:
+        found.append(f"{what} needs an image; set cluster.container.image to a file of the shared disk")
+    elif container.image.startswith(("~", ".")) or re.fullmatch(r"[^/:#]+\.(sqsh|squashfs|sif|img)", container.image):
+        found.append(f"cluster.container.image={container.image} should be a whole path, beginning with /")
+    if cluster.worker_python is None:
+        found.append(f"{what} needs cluster.worker_python, the interpreter in the image, such as /usr/bin/python3")
+    if cluster.scheduler == "local" or cluster.fork_ranks:
+        found.append(f"{what} needs ranks that srun starts; set it to none for scheduler=local and for fork_ranks=true")
+    found += [
+        f"cluster.container.mounts has {mount!r}, which should read /from:/to or /from:/to:ro"
+        for mount in container.mounts
+        if not re.fullmatch(r"/[^:,]*:/[^:,]*(:[^:,]+)?", mount)
+    ]
+    return found
+
+
+def _variable_problems(cluster: ClusterSettings) -> list[str]:
+    found = [
+        f"cluster.environment has {name!r}, which is no name of a variable; use letters, digits and _"
+        for name in cluster.environment
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)
+    ]
+    found += [
+        f"cluster.environment.{name} would hide the run's own copy of the code; leave it out, and install what ranks "
+        "need for cluster.worker_python"
+        for name in ("PYTHONPATH", "PYTHONSAFEPATH")
+        if name in cluster.environment
+    ]
     return found
 
 
 def _secret_problems(settings: RunSettings) -> list[str]:
     """Return what must not lie in a run's folder, which the group may read."""
-    found = [
-        f"cluster.environment.{name} looks like a secret, and a run's folder is read by others; export it in the "
-        "shell that launches, the job inherits it"
-        for name in settings.cluster.environment
-        if re.search(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(?:API|ACCESS|PRIVATE)_?KEY", name.upper())
-    ]
+    cluster = settings.cluster
+    secret = r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(?:API|ACCESS|PRIVATE)_?KEY"
+    remedy = (
+        "looks like a secret, and a run's folder is read by others; export it in the shell that launches, the job "
+        "inherits it"
+    )
+    found = [f"cluster.environment.{name} {remedy}" for name in cluster.environment if re.search(secret, name.upper())]
+    for field, lines in (
+        ("slurm.setup", cluster.slurm.setup),
+        ("slurm.pre_command", cluster.slurm.pre_command),
+        ("slurm.sbatch_lines", cluster.slurm.sbatch_lines),
+        ("slurm.srun_lines", cluster.slurm.srun_lines),
+        ("container.arguments", cluster.container.arguments),
+    ):
+        # NAME=value, but not NAME=$OTHER or NAME=$(...), which is read on the node.
+        names = re.findall(rf"\b(\w*(?:{secret})\w*)=(?!\"?\$)\S", "\n".join(lines), re.IGNORECASE)
+        found += [f"cluster.{field}: {name} {remedy}" for name in names]
     if re.search(r"//[^/@]*:[^/@]*@", settings.tracking.uri):
         found.append(
             "tracking.uri holds a password, and a run's folder is read by others; leave it out of the address and "

@@ -26,7 +26,7 @@ from yaml import YAMLError
 
 from orchestrator.checks import settings_problems
 from orchestrator.errors import ConfigError
-from orchestrator.settings import RANDOM_BASE, PathSettings, RunSettings
+from orchestrator.settings import RANDOM_BASE, ClusterSettings, PathSettings, RunSettings
 from orchestrator.tracking_store import default_store
 from orchestrator.values import field_types, from_plain, keys_of, nearest, to_plain, unknown_key
 
@@ -107,6 +107,20 @@ def _as_text(value: Any) -> Any:
     if isinstance(value, list):
         return [_as_text(item) for item in value]
     return _raw(value) if isinstance(value, str) else value
+
+
+def load_cluster(name: str) -> ClusterSettings:
+    """Return a cluster's profile alone.
+
+    Raises:
+        ConfigError: there is none of that name, or it cannot be used.
+    """
+    problems: list[str] = []
+    plain = OmegaConf.to_container(_load_named("cluster", name), resolve=True)
+    cluster = from_plain(ClusterSettings, plain, "cluster", problems)
+    if cluster is None:
+        raise ConfigError(f"cluster {name} cannot be used:", problems)
+    return cluster
 
 
 def paths_in_force() -> PathSettings:
@@ -195,7 +209,7 @@ def _apply_override(merged: DictConfig, override: str, problems: list[str]) -> D
     if not separator or not key:
         problems.append(f"override {override!r} should read section.field=value")
         return merged
-    key = _whole_key(key)
+    key = whole_key(key)
     kind: Any = RunSettings
     for part in key.split("."):
         if typing.get_origin(kind) is dict:
@@ -226,7 +240,7 @@ def _apply_override(merged: DictConfig, override: str, problems: list[str]) -> D
     return _merge(merged, OmegaConf.create(nested))
 
 
-def _whole_key(key: str) -> str:
+def whole_key(key: str) -> str:
     """Return `training.tokens` for `tokens`: a field's own name is enough where no other section has it."""
     if "." in key or key in field_types(RunSettings):
         return key

@@ -17,11 +17,17 @@ POLL_SECONDS = {"local": 0.5, "slurm": 5.0}
 """By scheduler: a shared controller is not to be asked twice a second."""
 
 
-def follow(run: RunDirectory, at_poll: Callable[[RunStatus], None] = lambda status: None) -> RunStatus:
+def follow(
+    run: RunDirectory,
+    at_poll: Callable[[RunStatus], None] = lambda status: None,
+    *,
+    interval_seconds: float | None = None,
+) -> RunStatus:
     """Follow a run to its end.
 
     Args:
         at_poll: called with each status read.
+        interval_seconds: between two looks; by default as often as its scheduler may be asked.
 
     Raises:
         RunError: it failed; the message is the reason.
@@ -35,7 +41,7 @@ def follow(run: RunDirectory, at_poll: Callable[[RunStatus], None] = lambda stat
         console=console(notices=True),
     ) as progress:
         task = progress.add_task(run.name, total=None, detail="starting")
-        interval_seconds = POLL_SECONDS[read_plan(run.plan).settings.cluster.scheduler]
+        interval_seconds = interval_seconds or POLL_SECONDS[read_plan(run.plan).settings.cluster.scheduler]
         try:
             while True:
                 status = read_status(run)

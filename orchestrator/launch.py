@@ -14,8 +14,10 @@ from orchestrator.reconcile import ENDED
 from orchestrator.retention import kept_at_most
 from orchestrator.run_directory import FILE_MASK, RunDirectory, create_run, discard_run, name_taken
 from orchestrator.settings import RANDOM_BASE
+from orchestrator.slurm.node_checks import unknown_names
+from orchestrator.slurm.requests import check_folders
 from orchestrator.slurm.scheduler import tell_to_end
-from orchestrator.slurm.submission import check_scheduler, submit
+from orchestrator.slurm.submission import UnknownSubmissionError, check_scheduler, submit
 from orchestrator.status import RunStatus, read_status
 from orchestrator.tokenize.manifest import DatasetManifest, read_manifest
 from orchestrator.units import format_bytes
@@ -41,7 +43,11 @@ def check_start(plan: TrainingPlan, branch: BranchPoint | None = None) -> list[D
     runs, name = Path(plan.settings.paths.runs), plan.settings.name
     if (runs / name).exists():
         raise name_taken(runs, name)
+    problems = unknown_names(plan.settings.cluster.checks)
+    if problems:
+        raise ConfigError(f"run {name!r} cannot start; {len(problems)} to mend:", problems)
     check_scheduler(RunDirectory(runs / name), plan)
+    check_folders(plan)
     manifests = check_inputs(plan, needs_base=branch is None)
     check_disk(plan, runs)
     if branch is not None:
@@ -161,6 +167,8 @@ def launch(plan: TrainingPlan, command: str, branch: BranchPoint | None = None) 
                 adopt(branch.checkpoint, run)
             write_plan(run.launched_plan, plan)
             submit(run, by="person")
+        except UnknownSubmissionError:
+            raise  # a job may start from the folder
         except BaseException:
             discard_run(run)
             raise

@@ -4,6 +4,7 @@ import getpass
 import importlib.metadata
 import os
 import platform
+import secrets
 import shutil
 import socket
 import subprocess
@@ -57,6 +58,7 @@ def snapshot_code(target: Path) -> list[str]:
 def provenance(command: str, **more: object) -> dict[str, object]:
     """Return who started what, when and with which versions; no environment, no secrets."""
     return {
+        "token": secrets.token_hex(3),  # tells this run's jobs from those of another of the same name
         "command": command,
         "time": time.time(),
         "host": socket.gethostname(),

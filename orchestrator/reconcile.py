@@ -86,11 +86,12 @@ class Standing:
     """Commands, the most useful first."""
 
 
-def reconcile(name: str, records: RunRecords, job: JobAnswer, now: float) -> Standing:
+def reconcile(name: str, records: RunRecords, job: JobAnswer, now: float, waits_for: str = "") -> Standing:
     """Return where a run stands.
 
     Args:
         now: Unix time; the records' times are of the same clock or nearly so.
+        waits_for: why the scheduler has not started the job yet, in its words.
     """
     outcome = records.last_outcome
     if outcome is not None and records.is_settled:
@@ -116,6 +117,7 @@ def reconcile(name: str, records: RunRecords, job: JobAnswer, now: float) -> Sta
             reason = f"{cause}; the job was requeued and waits for the scheduler"
         elif records.submitted and now - records.submitted[-1] >= QUIET_SECONDS:
             reason += f" for {format_duration(now - records.submitted[-1])}"
+        reason += f"; {waits_for}" if waits_for else ""
         return Standing(state=State.PENDING, cause=cause, reason=reason, actions=(status, cancel))
     if not records.attempts or records.is_resumed:
         return Standing(state=State.PENDING, cause=cause, reason="the job is starting", actions=(status, cancel))

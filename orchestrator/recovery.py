@@ -29,6 +29,8 @@ class Ending:
     cause: Cause
     saved_step: int
     """Step of the newest complete checkpoint."""
+    enough_nodes: bool = True
+    """Whether the allocation has still as many healthy nodes as the run needs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,4 +79,6 @@ def decide(history: Sequence[Ending], ending: Ending, max_without_progress: int,
         return Decision(action=Action.STOP, why=f"no progress beyond step {ending.saved_step} in {attempts} ({causes})")
     if ending.cause in _REQUEUED:
         return Decision(action=Action.REQUEUE, why="the job's time is over; it goes on in a new one")
+    if not ending.enough_nodes:
+        return Decision(action=Action.REQUEUE, why="too few healthy nodes are left here; it goes on in a new job")
     return Decision(action=Action.RESTART, why=f"ranks start again from step {ending.saved_step}")

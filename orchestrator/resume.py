@@ -16,7 +16,7 @@ from orchestrator.provenance import provenance, snapshot_code, upgrades_since
 from orchestrator.reconcile import ENDED, State
 from orchestrator.run_directory import CODE, CONFIG, FILE_MASK, PLAN, PROVENANCE, RunDirectory
 from orchestrator.settings import Rule, RunSettings
-from orchestrator.slurm.submission import check_scheduler, submit
+from orchestrator.slurm.submission import UnknownSubmissionError, check_scheduler, submit
 from orchestrator.status import RunStatus, read_status
 from orchestrator.tokenize.manifest import read_manifest
 
@@ -132,6 +132,8 @@ def resume(run: RunDirectory, prepared: Resumption, command: str) -> None:
         run.cancel_mark.unlink(missing_ok=True)
         try:
             submit(run, by="person")
+        except UnknownSubmissionError:
+            raise  # a job may start by this order
         except BaseException:
             withdraw(folder)
             if was_cancelled:

@@ -6,7 +6,7 @@
       resumes/0001/              provenance.json with what changed; config.yaml, plan.json and code/ where they did
       submissions/0001.json      every job submitted
       attempts/0001/             plan.json  job.json  events.jsonl  supervisor.jsonl  stop.json  outcome.json
-                                 rendezvous.json  failures/rank_0003.json  logs/rank_0003.log
+                                 rendezvous.json  failures/rank_0003.json  logs/rank_0003.log  checks/
       checkpoints/step_0000020.attempt_0001/ ... complete.json, written last
 
 Each file has one writer: the launching or resuming command, the supervisor, or one rank. Standard library only.
@@ -87,6 +87,16 @@ class AttemptDirectory:
         """Output of the ranks and of the supervisor."""
         return self.path / "logs"
 
+    @property
+    def srun_log(self) -> Path:
+        """What srun itself said of the ranks."""
+        return self.logs / "srun.log"
+
+    @property
+    def checks(self) -> Path:
+        """What the nodes measured before the ranks were started; the torch part is written by ranks, a file each."""
+        return self.path / "checks"
+
     def rank_log(self, rank: int) -> Path:
         """Standard output and error of one rank."""
         return self.logs / f"rank_{rank:04d}.log"
@@ -155,20 +165,32 @@ class RunDirectory:
         return self.path / "submissions"
 
     def submissions(self) -> list[dict[str, Any]]:
-        """Return the record of every job submitted, the oldest first: time, scheduler, job id, by whom."""
-        folder = self.submissions_folder
-        return [read_json(path) for path in sorted(folder.glob("*.json"))] if folder.exists() else []
+        """Return the record of every submission, the oldest first: number, time, by whom, scheduler, job id.
 
-    def add_submission(self, record: Mapping[str, object]) -> None:
-        """Record a job that was submitted."""
+        One whose job id is None was begun and never heard of again. Those taken back are left out.
+        """
+        folder = self.submissions_folder
+        records = [read_json(path) for path in sorted(folder.glob("*.json"))] if folder.exists() else []
+        return [record for record in records if not record.get("is_withdrawn")]
+
+    def add_submission(self, record: Mapping[str, object]) -> int:
+        """Record a submission and return its number; a number is never given twice."""
         self.submissions_folder.mkdir(exist_ok=True)
-        number = len(self.submissions()) + 1
+        number = len(list(self.submissions_folder.glob("*.json"))) + 1
         while True:
             try:
-                create_json(self.submissions_folder / f"{number:04d}.json", record)
-                return
+                create_json(self.submission(number), {"number": number, **record})
+                return number
             except FileExistsError:
                 number += 1
+
+    def complete_submission(self, number: int, facts: Mapping[str, object]) -> None:
+        """Add to a submission's record what is known of its job by now."""
+        write_json(self.submission(number), {**read_json(self.submission(number)), **facts})
+
+    def submission(self, number: int) -> Path:
+        """Return the record of one submission."""
+        return self.submissions_folder / f"{number:04d}.json"
 
     @property
     def mlflow(self) -> Path:

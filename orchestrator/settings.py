@@ -209,7 +209,7 @@ class ClusterSettings:
     one_machine: Free[bool] = False
     """Whether all nodes are this machine, as in a sandbox, and see its disk."""
     fork_ranks: Recorded[bool] = False
-    """Whether CPU ranks are forked from one preloaded process; for nodes that are one machine."""
+    """Whether CPU ranks are forked from one preloaded process; for nodes that are one machine, never on GPUs."""
     slurm: SlurmSettings = SlurmSettings()
     container: ContainerSettings = ContainerSettings()
     checks: NodeCheckSettings = NodeCheckSettings()

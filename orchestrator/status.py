@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.attempt_record import attempt_record, last_heard
 from orchestrator.checkpoints import complete_checkpoints
 from orchestrator.events import (
     DamageEvent,
@@ -19,11 +20,13 @@ from orchestrator.events import (
 )
 from orchestrator.exit_codes import Cause
 from orchestrator.files import read_json
+from orchestrator.ledger import Kind, Ledger, total
 from orchestrator.plan import read_plan
 from orchestrator.reconcile import ENDED, JobAnswer, RunRecords, State, reconcile
 from orchestrator.retention import best_checkpoints
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
-from orchestrator.slurm.scheduler import ask
+from orchestrator.slurm.scheduler import ask, why_waiting
+from orchestrator.values import from_plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,14 +35,23 @@ class AttemptStatus:
 
     number: int
     job_id: str
+    restart_count: int
+    """Of Slurm: how often the job was requeued before."""
     nodes: str
+    """As Slurm writes them: n[001-032]."""
+    spare_nodes: int
+    """Held without a rank."""
     started: float | None
     ended: float | None
     first_step: int | None
     last_step: int | None
     cause: str
     message: str
+    host: str
+    """Where the rank was that ended it, if one did."""
     action: str
+    ledger: Ledger | None
+    """None before the supervisor has written down its job."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +88,13 @@ class RunStatus:
     seconds_left: float | None
     """At the speed of the last steps."""
     layout: str
+    ledger: Ledger
+    """Of all attempts."""
+    effective_share: float | None
+    """Share of their wall time in which steps were done that count."""
+    cost: float | None
+    """Of all that was held, where the cluster has a price."""
+    is_on_gpus: bool
     attempt_list: tuple[AttemptStatus, ...]
 
 
@@ -86,7 +105,8 @@ def read_status(run: RunDirectory) -> RunStatus:
     if not records.is_settled:
         job = ask(run)
         records = read_records(run)  # once more: an attempt that ended while we asked has an outcome now
-    standing = reconcile(run.name, records, job, time.time())
+    waits_for = why_waiting(run) if job == JobAnswer.PENDING else ""
+    standing = reconcile(run.name, records, job, time.time(), waits_for)
     attempts = [run.attempt(record["number"]) for record in records.attempts]
     told = [[event for _, event in read_events(attempt.events)] for attempt in attempts]
     events = [event for of_attempt in told for event in of_attempt]
@@ -99,6 +119,21 @@ def read_status(run: RunDirectory) -> RunStatus:
     recent = [event.step_seconds for event in steps[-20:]]
     goes_on = standing.state == State.RUNNING and records.cancel_asked is None
     left = (plan.total_steps - step) * sum(recent) / len(recent) if recent and goes_on else None
+    # Where each attempt's successor began; the newest has none, and what it has not saved would be done again.
+    begun_from = [*map(_begun_from, told[1:]), None]
+    attempt_list = tuple(
+        _attempt_status(
+            run,
+            attempt,
+            record["outcome"],
+            of_attempt,
+            is_over=standing.state in ENDED or attempt != attempts[-1],
+            saved_step=begun if begun is not None else checkpoints[-1].step if checkpoints else 0,
+        )
+        for attempt, record, of_attempt, begun in zip(attempts, records.attempts, told, begun_from, strict=False)
+    )
+    ledger = total(attempt.ledger for attempt in attempt_list if attempt.ledger is not None)
+    price = plan.settings.cluster.price_per_gpu_hour
     return RunStatus(
         name=run.name,
         path=run.path,
@@ -124,10 +159,11 @@ def read_status(run: RunDirectory) -> RunStatus:
         best_checkpoint=best[0].name if (best := best_checkpoints(checkpoints, 1)) else None,
         seconds_left=left,
         layout=plan.layout.describe(),
-        attempt_list=tuple(
-            _attempt_status(attempt, record["outcome"], of_attempt, standing.state in ENDED or attempt != attempts[-1])
-            for attempt, record, of_attempt in zip(attempts, records.attempts, told, strict=True)
-        ),
+        ledger=ledger,
+        effective_share=ledger.effective_share,
+        cost=None if price is None else ledger.cost(price),
+        is_on_gpus=plan.settings.cluster.device == "cuda",
+        attempt_list=attempt_list,
     )
 
 
@@ -161,28 +197,56 @@ def _warning(event: Event) -> str:
     return ""
 
 
+def _begun_from(events: Sequence[Event]) -> int | None:
+    """Return the step of the state that an attempt's ranks loaded, or None where they came to none."""
+    return next((event.step for event in events if isinstance(event, StartEvent)), None)
+
+
 def _attempt_status(
-    attempt: AttemptDirectory, outcome: dict[str, Any] | None, events: Sequence[Event], is_over: bool
+    run: RunDirectory,
+    attempt: AttemptDirectory,
+    outcome: dict[str, Any] | None,
+    events: Sequence[Event],
+    *,
+    is_over: bool,
+    saved_step: int,
 ) -> AttemptStatus:
-    """Return an attempt in a line; one that is over without an outcome is told from its events."""
-    job, ended = attempt.read_job(), outcome or {}
-    if outcome is None and is_over:
-        steps = [event.step for event in events if isinstance(event, StepEvent)]
-        ended = {
-            "ended": events[-1].time if events else job["started"] if job else None,
-            "first_step": steps[0] if steps else None,
-            "last_step": steps[-1] if steps else None,
-            "cause": Cause.SUPERVISOR_LOST,
-        }
+    """Return an attempt in a line; what its outcome does not say is told from its folder.
+
+    Args:
+        saved_step: what is safe of an attempt that is over without an outcome.
+    """
+    job, found = attempt.read_job() or {}, outcome or {}
+    steps = [event.step for event in events if isinstance(event, StepEvent)]
+    if outcome is None:
+        found = {"first_step": steps[0], "last_step": steps[-1]} if steps else {}
+        if is_over:
+            found |= {"ended": last_heard(attempt), "saved_step": saved_step, "cause": Cause.SUPERVISOR_LOST}
+    ledger = _recorded_ledger(found)
+    if ledger is None and job:
+        safe = int(found.get("saved_step", steps[-1] if steps else 0))  # nothing is lost as long as it goes on
+        record = attempt_record(run, attempt, saved_step=safe, ended=found.get("ended") or time.time())
+        ledger = _recorded_ledger(record)
+        found = {**record, **found}
     return AttemptStatus(
         number=attempt.number,
-        job_id=str(job["job_id"]) if job else "",
-        nodes=str(job["nodes"]) if job else "",
-        started=float(job["started"]) if job else None,
-        ended=ended.get("ended"),
-        first_step=ended.get("first_step"),
-        last_step=ended.get("last_step"),
-        cause=str(ended.get("cause", "")),
-        message=str(ended.get("message", "")),
-        action=str(ended.get("action", "")),
+        job_id=str(job.get("job_id") or ""),
+        restart_count=int(job.get("restart_count", 0)),
+        nodes=str(found.get("nodes", job.get("nodes", ""))),
+        spare_nodes=int(found.get("spare_nodes", 0)),
+        started=job.get("started"),
+        ended=found.get("ended"),
+        first_step=found.get("first_step"),
+        last_step=found.get("last_step"),
+        cause=str(found.get("cause", "")),
+        message=str(found.get("message", "")),
+        host=str(found.get("host") or ""),
+        action=str(found.get("action", "")),
+        ledger=ledger,
     )
+
+
+def _recorded_ledger(record: dict[str, Any]) -> Ledger | None:
+    """Return the ledger of a record; that of a version without it, or with other kinds, has none."""
+    ledger = from_plain(Ledger, record.get("ledger"), "", [])
+    return ledger if ledger is not None and ledger.seconds.keys() == set(Kind) else None

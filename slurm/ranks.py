@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -15,16 +16,17 @@ import psutil
 from orchestrator.errors import OrchestrateError
 from orchestrator.plan import TrainingPlan, write_plan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
+from orchestrator.slurm.endings import SrunFailure, first_srun_failure
+from orchestrator.slurm.site_profile import rank_command, srun_options, worker_variables
 from orchestrator.slurm.submission import code_environment
 
 PRELOAD_SECONDS = 180
 SOCKET_FOLDER = "orchestrate-preload-"
-DETERMINISTIC = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # torch asks for it
-    "NCCL_ALGO": "Ring",  # sums in one order; megatron-core's deterministic mode asks for it
-    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # Transformer Engine's attention
-}
-"""For training.deterministic; never seen on a GPU."""
+SRUN_SECONDS = 10.0
+"""How long srun has to end its step."""
+SRUN_SECONDS_WITHOUT_A_NODE = 2.0
+"""The same where one of the nodes will not answer it."""
+WORKER = "megatron_solar.worker"
 
 
 class Preload:
@@ -33,7 +35,7 @@ class Preload:
     def __init__(self, run: RunDirectory, plan: TrainingPlan) -> None:
         _sweep()
         # In the temporary folder, since a socket's path has 107 characters at most.
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{SOCKET_FOLDER}{os.getpid()}-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=socket_folder(os.getpid())))
         self.socket = self._folder / "preload"
         self._log = run.jobs / "preload.log"
         with self._log.open("ab") as log:
@@ -74,11 +76,18 @@ class Preload:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def socket_folder(process: int) -> str:
+    """Return how the name of a supervisor's socket folder begins: its PID space, since others have the same PIDs."""
+    space = Path("/proc/self/ns/pid")
+    return f"{SOCKET_FOLDER}{space.stat().st_ino if space.exists() else 0}-{process}-"
+
+
 def _sweep() -> None:
     """Remove the socket folders of this user's supervisors that were killed before they could."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{SOCKET_FOLDER}[0-9]*-*"):
+    own_space = socket_folder(0).removesuffix("0-")
+    for folder in Path(tempfile.gettempdir()).glob(f"{own_space}[0-9]*-*"):
         with contextlib.suppress(OSError, ValueError):
-            owner = int(folder.name.removeprefix(SOCKET_FOLDER).partition("-")[0])
+            owner = int(folder.name.removeprefix(own_space).partition("-")[0])
             if folder.stat().st_uid == os.getuid() and not psutil.pid_exists(owner):
                 shutil.rmtree(folder)
 
@@ -86,8 +95,9 @@ def _sweep() -> None:
 class Ranks:
     """The running ranks of one attempt; under Slurm one srun stands for all of them."""
 
-    def __init__(self, processes: dict[int, subprocess.Popen[bytes]]) -> None:
+    def __init__(self, processes: dict[int, subprocess.Popen[bytes]], srun_log: Path | None = None) -> None:
         self._processes = processes
+        self._srun_log = srun_log
 
     def ended(self) -> dict[int, int]:
         """Return the exit code of every rank that has ended, 128 + n for signal n."""
@@ -99,33 +109,59 @@ class Ranks:
         """How many processes stand for the ranks."""
         return len(self._processes)
 
-    def kill(self) -> None:
-        """End all of them at once; killing a client kills its rank."""
-        for process in self._processes.values():
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGKILL)
+    def srun_failure(self) -> SrunFailure | None:
+        """Return the first failure that srun has told of so far."""
+        if self._srun_log is None or not self._srun_log.exists():
+            return None
+        return first_srun_failure(self._srun_log.read_text(errors="replace"))
+
+    def kill(self, seconds: float = SRUN_SECONDS) -> None:
+        """End all of them at once; killing a client kills its rank, and srun ends its step when it is told to.
+
+        Args:
+            seconds: how long srun may take; it waits for nodes that are dead, after it has ended the others' ranks.
+        """
+        self._signal(signal.SIGKILL if self._srun_log is None else signal.SIGTERM)
+        deadline = time.monotonic() + seconds
+        while len(self.ended()) < self.count and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self._signal(signal.SIGKILL)
         for process in self._processes.values():
             process.wait()
 
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes.values():
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(number)
 
-def start_ranks(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, preload: Preload | None) -> Ranks:
-    """Start every rank of an attempt with this plan, its output in a log of its own."""
+
+def start_ranks(
+    run: RunDirectory,
+    attempt: AttemptDirectory,
+    plan: TrainingPlan,
+    preload: Preload | None,
+    nodes: Sequence[str] = (),
+) -> Ranks:
+    """Start every rank of an attempt with this plan, its output in a log of its own.
+
+    Args:
+        nodes: of the allocation, in the order of ranks; nothing without Slurm.
+    """
     write_plan(attempt.plan, plan)
+    words = rank_words(run, plan, preload, WORKER, [str(run.path), str(attempt.number)])
     if plan.settings.cluster.scheduler == "slurm":
-        return Ranks({0: _start_srun(run, attempt, plan)})
-    worker = [str(run.path), str(attempt.number)]
+        output = f"{attempt.logs}/rank_%4t.log"
+        step = start_step(
+            run, plan, words, nodes=nodes, ranks_per_node=plan.settings.cluster.ranks_per_node, output=output,
+            log=attempt.srun_log,
+        )  # fmt: skip
+        return Ranks({0: step}, attempt.srun_log)
     processes = {}
     for rank in range(plan.layout.world_size):
-        arguments = [*worker, "--rank", str(rank), "--local-rank", str(rank)]
-        if preload is not None:
-            client = run.code / "orchestrator" / "slurm" / "rank_client.py"
-            command = [sys.executable, "-I", "-S", str(client), str(preload.socket), *arguments]
-        else:
-            command = [worker_python(plan), "-P", "-m", "megatron_solar.worker", *arguments]
         with attempt.rank_log(rank).open("ab") as log:
             processes[rank] = subprocess.Popen(
-                command,
+                [*words, "--rank", str(rank), "--local-rank", str(rank)],
                 env=rank_environment(run, plan),
                 cwd=run.path,
                 stdin=subprocess.DEVNULL,
@@ -135,6 +171,50 @@ def start_ranks(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan
     return Ranks(processes)
 
 
+def rank_words(
+    run: RunDirectory, plan: TrainingPlan, preload: Preload | None, module: str, arguments: Sequence[str]
+) -> list[str]:
+    """Return the command of a rank: a module of megatron_solar, started or forked from the preloaded process."""
+    if preload is None:
+        return [worker_python(plan), "-P", "-m", module, *arguments]
+    client = run.code / "orchestrator" / "slurm" / "rank_client.py"
+    return [sys.executable, "-I", "-S", str(client), str(preload.socket), module, *arguments]
+
+
+def start_step(
+    run: RunDirectory,
+    plan: TrainingPlan,
+    words: Sequence[str],
+    *,
+    nodes: Sequence[str],
+    ranks_per_node: int,
+    output: str,
+    log: Path,
+    kill_on_bad_exit: bool = True,
+) -> "subprocess.Popen[bytes]":
+    """Start a step of ranks on nodes of the allocation with srun, whose own words go to `log`."""
+    options = srun_options(plan, nodes=nodes, ranks_per_node=ranks_per_node, output=output)
+    if not kill_on_bad_exit:
+        options = [
+            *options,
+            "--kill-on-bad-exit=0",
+            "--wait=0",
+            "--no-kill",
+        ]  # of an option given twice the last counts
+    environment = rank_environment(run, plan)
+    environment.pop("SLURM_HOSTFILE", None)  # it would count more than the nodes that were chosen
+    with log.open("ab") as stream:
+        return subprocess.Popen(
+            ["srun", *options, *rank_command(run, plan, words)],
+            env=environment,
+            cwd=run.path,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            process_group=0,  # the TERM of a requeue, which would have it kill the ranks at once, is not for it
+        )
+
+
 def worker_python(plan: TrainingPlan) -> str:
     """Return the interpreter of the workers."""
     return plan.settings.cluster.worker_python or sys.executable
@@ -142,44 +222,10 @@ def worker_python(plan: TrainingPlan) -> str:
 
 def rank_environment(run: RunDirectory, plan: TrainingPlan) -> dict[str, str]:
     """Return the workers' environment: the snapshot's code and the cluster's own variables."""
-    cluster = plan.settings.cluster
-    environment = {**code_environment(run), **cluster.environment}
-    if plan.settings.training.deterministic:
-        environment |= DETERMINISTIC
-    if cluster.device == "cpu":
-        environment["OMP_NUM_THREADS"] = "1"  # a process that forks must have no threads
-    if cluster.scheduler == "local":
+    environment = {**code_environment(run), **worker_variables(run, plan)}
+    if plan.settings.cluster.scheduler == "local":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
         environment["RES_OPTIONS"] = "timeout:1 attempts:1"  # look-ups of a host name that nobody knows stall
         for name in [name for name in environment if name.startswith("SLURM_")]:
             del environment[name]  # a shell inside some Slurm job must not decide about local ranks
     return environment
-
-
-def _start_srun(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan) -> "subprocess.Popen[bytes]":
-    cluster = plan.settings.cluster
-    command = [
-        "srun",
-        f"--nodes={cluster.nodes}",
-        f"--ntasks={plan.layout.world_size}",
-        f"--ntasks-per-node={cluster.ranks_per_node}",
-        "--kill-on-bad-exit=1",
-        "--overlap",
-        f"--output={attempt.logs}/rank_%4t.log",
-        worker_python(plan),
-        "-P",
-        "-m",
-        "megatron_solar.worker",
-        str(run.path),
-        str(attempt.number),
-    ]
-    with (attempt.logs / "srun.log").open("ab") as log:
-        return subprocess.Popen(
-            command,
-            env=rank_environment(run, plan),
-            cwd=run.path,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            preexec_fn=os.setpgrp,
-        )

@@ -32,6 +32,10 @@ from orchestrator.values import from_plain, to_plain
 
 DEFAULT_NAME = "sandbox"
 PARTITION = "gpu"
+URGENT = "urgent"
+PARTITIONS = ((PARTITION, "YES", 1, 0), ("graceful", "NO", 1, 30), (URGENT, "NO", 2, 0))
+"""Name, whether it is the default, its tier, and the seconds that its jobs have left when one of a higher tier
+preempts them."""
 GPU = "h100"
 START_SECONDS = 60.0
 STOP_SECONDS = 15.0
@@ -60,6 +64,7 @@ class Sandbox:
     folder: str
     nodes: int
     gpus_per_node: int
+    slurmd_timeout_seconds: int
     own_namespaces: bool
     """Whether each node has its own PIDs and host name, and can really die."""
     daemons: tuple[Daemon, ...]
@@ -71,8 +76,8 @@ class Sandbox:
 
     @property
     def is_alive(self) -> bool:
-        """Whether its controller runs."""
-        return any(d.name == "slurmctld" and living_process(d.process, d.created) is not None for d in self.daemons)
+        """Whether any of its processes runs; with its controller gone it can still be stopped."""
+        return any(living_process(daemon.process, daemon.created) is not None for daemon in self.daemons)
 
     def environment(self) -> dict[str, str]:
         """Return this process's environment with Slurm's commands pointed here."""
@@ -96,8 +101,13 @@ class Sandbox:
         return result.stdout
 
 
-def start(name: str = DEFAULT_NAME, *, nodes: int = 32, gpus_per_node: int = 8) -> Sandbox:
+def start(
+    name: str = DEFAULT_NAME, *, nodes: int = 32, gpus_per_node: int = 8, slurmd_timeout_seconds: int = 6
+) -> Sandbox:
     """Start a Slurm of `nodes` nodes, or leave nothing.
+
+    Args:
+        slurmd_timeout_seconds: after which Slurm itself sees that a node is dead; sites have 300, its default.
 
     Raises:
         SchedulerError: the programs are not here, a sandbox of that name runs, or it did not come up.
@@ -122,6 +132,7 @@ def start(name: str = DEFAULT_NAME, *, nodes: int = 32, gpus_per_node: int = 8) 
         folder=str(folder),
         nodes=nodes,
         gpus_per_node=gpus_per_node,
+        slurmd_timeout_seconds=slurmd_timeout_seconds,
         own_namespaces=_can_isolate(),
         daemons=(),
     )
@@ -249,6 +260,7 @@ def _write_files(sandbox: Sandbox, first_port: int) -> None:
     write_atomic(folder / "hosts", f"127.0.0.1 localhost {socket.gethostname()} {' '.join(names)}\n")
     gpus = f"{folder}/gpus/gpu[0-{sandbox.gpus_per_node - 1}]"
     write_atomic(folder / "gres.conf", f"NodeName={_range(names)} Name=gpu Type={GPU} File={gpus}\n")
+    write_atomic(folder / "topology.conf", topology_conf(sandbox.nodes))
     write_atomic(sandbox.slurm_conf, slurm_conf(sandbox, first_port, socket.gethostname(), getpass.getuser()))
 
 
@@ -271,7 +283,8 @@ def slurm_conf(sandbox: Sandbox, first_port: int, host: str, user: str) -> str:
         "SlurmctldPidFile": f"{folder}/slurmctld.pid",
         "SlurmdPidFile": f"{folder}/slurmd-%n.pid",
         "MailProg": "/bin/true",
-        "ProctrackType": "proctrack/linuxproc" if os.geteuid() == 0 else "proctrack/pgid",
+        # Signals reach the main process of a step and none that it started in a group of its own, as with cgroups.
+        "ProctrackType": "proctrack/pgid",
         "TaskPlugin": "task/none",
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_CPU",
@@ -279,11 +292,14 @@ def slurm_conf(sandbox: Sandbox, first_port: int, host: str, user: str) -> str:
         "MpiDefault": "none",
         "GresTypes": "gpu",
         "ReturnToService": 2,
-        "SlurmdTimeout": 6,
+        "SlurmdTimeout": sandbox.slurmd_timeout_seconds,
         "KillWait": 5,
         "MinJobAge": 600,
         "JobRequeue": 1,
         "SchedulerParameters": "sched_interval=1,bf_interval=1",
+        "PreemptType": "preempt/partition_prio",
+        "PreemptMode": "REQUEUE",
+        "TopologyPlugin": "topology/tree",
         "SlurmdParameters": "config_overrides",  # a small machine claims big nodes
     }
     ports = f"[{first_port + 1}-{first_port + sandbox.nodes}]" if sandbox.nodes > 1 else str(first_port + 1)
@@ -292,8 +308,20 @@ def slurm_conf(sandbox: Sandbox, first_port: int, host: str, user: str) -> str:
         f"NodeName={_range(names)} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs=64 RealMemory=1000000 "
         f"Gres=gpu:{GPU}:{sandbox.gpus_per_node}"
     )
-    lines.append(f"PartitionName={PARTITION} Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
+    for partition, default, tier, grace_seconds in PARTITIONS:
+        lines.append(
+            f"PartitionName={partition} Nodes=ALL Default={default} PriorityTier={tier} GraceTime={grace_seconds} "
+            "MaxTime=INFINITE State=UP"
+        )
     return "\n".join(lines) + "\n"
+
+
+def topology_conf(nodes: int) -> str:
+    """Return topology.conf: two leaf switches with every other node each, so that names do not tell the switch."""
+    names = node_names(nodes)
+    leaves = [leaf for leaf in (names[::2], names[1::2]) if leaf]
+    lines = [f"SwitchName=leaf{number} Nodes={','.join(leaf)}" for number, leaf in enumerate(leaves)]
+    return "\n".join([*lines, "SwitchName=spine Switches=" + ",".join(f"leaf{n}" for n in range(len(leaves)))]) + "\n"
 
 
 def _range(names: Sequence[str]) -> str:
@@ -320,7 +348,8 @@ def _start_daemons(sandbox: Sandbox) -> Sandbox:
     for node in node_names(sandbox.nodes):
         command = ["slurmd", "-D", "-N", node]
         if sandbox.own_namespaces:
-            script = 'mount --bind "$1/hosts" /etc/hosts && hostname "$2" && exec slurmd -D -N "$2"'
+            # The shell is the node's init: it reaps what others leave, else Slurm waits for the dead to end.
+            script = 'mount --bind "$1/hosts" /etc/hosts && hostname "$2" && slurmd -D -N "$2" & wait'
             command = [
                 "unshare", "--pid", "--fork", "--kill-child=KILL", "--mount", "--mount-proc", "--uts",
                 "sh", "-c", script, "sh", str(folder), node,

@@ -25,10 +25,25 @@ def ask(run: RunDirectory) -> JobAnswer:
         return JobAnswer.GONE
     newest = submissions[-1]
     if newest["scheduler"] == "slurm":
-        return _ask_slurm(str(newest["job_id"]))
+        return _ask_slurm(run)
+    if newest["job_id"] is None:
+        return JobAnswer.GONE  # it was never submitted
     if newest["host"] != socket.gethostname():
         return JobAnswer.SILENT  # processes of another host cannot be seen
     return JobAnswer.RUNNING if local_process(run) is not None else JobAnswer.GONE
+
+
+def why_waiting(run: RunDirectory) -> str:
+    """Return why Slurm has not started a run's newest job, and when it expects to; nothing where it does not say."""
+    try:
+        job = slurm_job(run) if run.submissions()[-1]["scheduler"] == "slurm" else None
+        said = [] if job is None else run_command(["squeue", "--noheader", f"--jobs={job}", "--format=%r %S"]).split()
+    except SchedulerError:
+        return ""
+    if len(said) != 2 or said[0] == "None":
+        return ""
+    expected = "" if said[1] in ("N/A", "Unknown") else f", and expects to start it at {said[1]}"
+    return f"Slurm says {said[0]}{expected}"
 
 
 def local_process(run: RunDirectory) -> psutil.Process | None:
@@ -37,7 +52,9 @@ def local_process(run: RunDirectory) -> psutil.Process | None:
     job = attempts[-1].read_job() if attempts else None
     candidates = [(job["process"], job["process_created"])] if job else []
     submissions = run.submissions()
-    candidates += [(int(submissions[-1]["job_id"]), submissions[-1]["process_created"])] if submissions else []
+    newest = submissions[-1] if submissions else None
+    if newest is not None and newest["job_id"] is not None:
+        candidates.append((int(newest["job_id"]), newest["process_created"]))
     living = (living_process(number, created) for number, created in candidates)
     return next((process for process in living if process is not None), None)
 
@@ -52,9 +69,10 @@ def tell_to_end(run: RunDirectory) -> None:
     """
     submissions = run.submissions()
     if submissions and submissions[-1]["scheduler"] == "slurm":
-        job = str(submissions[-1]["job_id"])
-        is_running = _ask_slurm(job) == JobAnswer.RUNNING
-        _run(["scancel", *(["--batch", "--signal=TERM"] if is_running else []), job])
+        is_running = _ask_slurm(run) == JobAnswer.RUNNING
+        job = slurm_job(run)
+        if job is not None:
+            run_command(["scancel", *(["--batch", "--signal=TERM"] if is_running else []), job])
         return
     if submissions and submissions[-1]["host"] != socket.gethostname():
         raise SchedulerError(f"run {run.name} runs on {submissions[-1]['host']}; cancel it there")
@@ -78,9 +96,39 @@ def warn_of_time_limit(run: RunDirectory) -> None:
     process.send_signal(signal.SIGUSR2)
 
 
-def _ask_slurm(job_id: str) -> JobAnswer:
+def slurm_job(run: RunDirectory) -> str | None:
+    """Return the id of a run's newest job, also of one whose submission was never answered; None where there is none.
+
+    Raises:
+        SchedulerError: slurmctld had to be asked and did not answer.
+    """
+    newest = run.submissions()[-1]
+    return str(newest["job_id"]) if newest["job_id"] is not None else find_unrecorded_job(run)
+
+
+def find_unrecorded_job(run: RunDirectory) -> str | None:
+    """Look up by a run's name the job that was submitted and not recorded.
+
+    Raises:
+        SchedulerError: slurmctld did not answer.
+    """
+    submissions = run.submissions()
+    known = {str(record["job_id"]) for record in submissions}
+    name = submissions[-1]["job_name"]
+    found = run_command(["squeue", "--noheader", "--states=all", f"--name={name}", "--format=%A"]).split()
+    unknown = sorted((job for job in found if job not in known), key=int)
+    return unknown[-1] if unknown else None
+
+
+def _ask_slurm(run: RunDirectory) -> JobAnswer:
     try:
-        states = _run(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]).split()
+        job_id = slurm_job(run)
+    except SchedulerError:
+        return JobAnswer.SILENT
+    if job_id is None:
+        return JobAnswer.GONE
+    try:
+        states = run_command(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]).split()
     except SchedulerError as error:
         return JobAnswer.GONE if "Invalid job id" in str(error) else JobAnswer.SILENT
     if not states:
@@ -90,7 +138,12 @@ def _ask_slurm(job_id: str) -> JobAnswer:
     return JobAnswer.RUNNING if states[-1] in _SLURM_RUNNING else JobAnswer.GONE
 
 
-def _run(command: list[str]) -> str:
+def run_command(command: list[str]) -> str:
+    """Run one of Slurm's commands and return what it prints.
+
+    Raises:
+        SchedulerError: it refused, or did not answer in time.
+    """
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -24,11 +24,17 @@ import psutil
 
 from orchestrator.checks import time_limit_seconds
 from orchestrator.errors import SchedulerError
+from orchestrator.files import read_json
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.processes import living_process
 from orchestrator.run_directory import RunDirectory
+from orchestrator.slurm.job import job_facts
+from orchestrator.slurm.requests import check_request
+from orchestrator.slurm.scheduler import find_unrecorded_job
+from orchestrator.slurm.site_profile import sbatch_options, script_setup
 
 SUPERVISOR = "orchestrator.slurm.supervisor"
+SUBMIT_SECONDS = 120
 
 
 def check_scheduler(run: RunDirectory, plan: TrainingPlan) -> None:
@@ -38,7 +44,8 @@ def check_scheduler(run: RunDirectory, plan: TrainingPlan) -> None:
         run: whose folder need not be there yet.
 
     Raises:
-        SchedulerError: Slurm was asked for and `sbatch` is not found, or Slurm says no.
+        ConfigError: a container runtime or an account that is not here.
+        SchedulerError: Slurm was asked for and `sbatch` is not found, does not answer, or says no.
     """
     cluster = plan.settings.cluster
     if cluster.scheduler == "slurm" and shutil.which("sbatch") is None:
@@ -47,11 +54,19 @@ def check_scheduler(run: RunDirectory, plan: TrainingPlan) -> None:
             "login node, or take cluster=local for this machine"
         )
     if cluster.scheduler == "slurm":
-        _refuse_impossible(run, plan)
+        check_request(plan, sbatch_script(run, plan))
+
+
+class UnknownSubmissionError(SchedulerError):
+    """Whether a job was submitted is not known; the run's folder has to stay."""
 
 
 def submit(run: RunDirectory, *, by: Literal["person", "supervisor"]) -> str:
-    """Submit the supervisor of a run and record the job.
+    """Submit the supervisor of a run, once, whatever becomes of the scheduler's answer.
+
+    The intent is written first, with its number. The job carries the number and leaves where a newer one
+    was begun; so one that arrives late does no harm. Where sbatch fails or does not answer, the job is
+    looked up by its name before anybody tries again.
 
     Args:
         by: who wants it; failures are counted since a person last did.
@@ -60,28 +75,64 @@ def submit(run: RunDirectory, *, by: Literal["person", "supervisor"]) -> str:
         the job's id.
 
     Raises:
-        SchedulerError: the job could not be submitted; the output of the submission is in the message.
+        SchedulerError: the job was not submitted; the output of the submission is in the message.
+        UnknownSubmissionError: the scheduler said nothing, neither then nor when asked.
     """
-    # In a process of its own session, so that a Ctrl-C in the launching terminal never reaches the job.
     with interrupts_later():
-        result = subprocess.run(
-            [sys.executable, "-P", "-m", "orchestrator.slurm.submission", str(run.path)],
-            env=code_environment(run),
-            cwd=run.path,
-            start_new_session=True,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if result.returncode:
-            raise SchedulerError(f"the job of run {run.name} could not be submitted:\n{result.stderr.strip()[-2000:]}")
-        record = {**json.loads(result.stdout.splitlines()[-1]), "by": by}
+        scheduler = read_plan(run.plan).settings.cluster.scheduler
+        intent = {"time": time.time(), "by": by, "scheduler": scheduler, "host": socket.gethostname(), "job_id": None}
+        number = run.add_submission({**intent, "job_name": job_name(run)})
         try:
-            run.add_submission(record)
+            job = _submitted(run, number)
+        except SchedulerError as error:
+            found = None
+            if scheduler == "slurm":
+                try:
+                    found = find_unrecorded_job(run)
+                except SchedulerError as silence:
+                    raise UnknownSubmissionError(
+                        f"whether the job of run {run.name} was submitted is not known, and nothing is tried twice: "
+                        f"{error}\nwhen asked, {silence}\n`orchestrate resume {run.name}` asks again, and submits it "
+                        "where Slurm has no such job"
+                    ) from error
+            if found is None:
+                run.complete_submission(number, {"is_withdrawn": True})
+                raise
+            job = {"job_id": found, "process_created": 0.0}
+        try:
+            run.complete_submission(number, job)
         except BaseException:
-            _take_back(record)  # a job that nobody knows of must not run
+            _take_back({**intent, **job})  # a job that nobody knows of must not run
             raise
-    return str(record["job_id"])
+    facts = job_facts(str(job["job_id"])) if scheduler == "slurm" else None
+    if facts is not None:
+        run.complete_submission(number, {"may_requeue": facts.may_requeue})
+    return str(job["job_id"])
+
+
+def _submitted(run: RunDirectory, number: int) -> dict[str, Any]:
+    """Submit in a process of its own session, so that a Ctrl-C in the launching terminal never reaches the job.
+
+    Raises:
+        SchedulerError: it failed, or took too long.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "orchestrator.slurm.submission", str(run.path), str(number)],
+        env=code_environment(run),
+        cwd=run.path,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=SUBMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise SchedulerError(f"the submission of run {run.name} took more than {SUBMIT_SECONDS} s") from None
+    if process.returncode:
+        raise SchedulerError(f"the job of run {run.name} could not be submitted:\n{errors.strip()[-2000:]}")
+    return dict(json.loads(output.splitlines()[-1]))
 
 
 @contextlib.contextmanager
@@ -117,12 +168,18 @@ def code_environment(run: RunDirectory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(run.code), "PYTHONSAFEPATH": "1"}
 
 
-def supervisor_command(run: RunDirectory) -> str:
+def job_name(run: RunDirectory) -> str:
+    """Return the name of all jobs of a run, which no other run has: with `singleton` one runs at a time."""
+    token = read_json(run.provenance).get("token") if run.provenance.exists() else None
+    return f"orchestrate-{run.name}" + (f"-{token}" if token else "")
+
+
+def supervisor_command(run: RunDirectory, number: int) -> str:
     """Return the job's main process as a shell line."""
-    return shlex.join([sys.executable, "-P", "-m", SUPERVISOR, str(run.path)])
+    return shlex.join([sys.executable, "-P", "-m", SUPERVISOR, str(run.path), str(number)])
 
 
-def _submit_local(run: RunDirectory, plan: TrainingPlan) -> tuple[str, float]:
+def _submit_local(run: RunDirectory, plan: TrainingPlan, number: int) -> tuple[str, float]:
     import submitit
 
     executor = submitit.LocalExecutor(folder=run.jobs)
@@ -132,7 +189,7 @@ def _submit_local(run: RunDirectory, plan: TrainingPlan) -> tuple[str, float]:
         signal_delay_s=plan.settings.cluster.warning_seconds,
         stderr_to_stdout=True,
     )
-    job = executor._submit_command(supervisor_command(run))
+    job = executor._submit_command(supervisor_command(run, number))
     return str(job.job_id), psutil.Process(int(job.job_id)).create_time()
 
 
@@ -140,27 +197,14 @@ def slurm_executor(run: RunDirectory, plan: TrainingPlan) -> Any:
     """Return Submitit's executor with what sbatch is asked for."""
     import submitit
 
-    cluster = plan.settings.cluster
     executor = submitit.SlurmExecutor(folder=run.jobs)
-    # B: the warning goes to the job's main process, which is the supervisor, and not to the ranks.
-    additional: dict[str, object] = {
-        "requeue": True,
-        "dependency": "singleton",
-        "signal": f"B:USR2@{cluster.warning_seconds}",
-    }
-    if cluster.account:
-        additional["account"] = cluster.account
     executor.update_parameters(
-        job_name=f"orchestrate-{run.name}",
-        nodes=cluster.nodes,
-        ntasks_per_node=cluster.ranks_per_node,
-        time=(time_limit_seconds(cluster.time_limit) or 0) // 60,
+        nodes=plan.settings.cluster.nodes,  # Submitit counts with it
         use_srun=False,
         stderr_to_stdout=True,
-        **({"gpus_per_node": cluster.ranks_per_node} if cluster.device == "cuda" else {}),
-        **({"partition": cluster.partition} if cluster.partition else {}),
-        additional_parameters=additional,
-        setup=[f"export PYTHONPATH={shlex.quote(str(run.code))} PYTHONSAFEPATH=1"],
+        wckey=None,  # Submitit's own; a site that checks them would refuse it
+        additional_parameters=sbatch_options(plan, job_name(run)),
+        setup=script_setup(run, plan),
     )
     return executor
 
@@ -171,33 +215,16 @@ def sbatch_script(run: RunDirectory, plan: TrainingPlan) -> str:
     return text
 
 
-def _refuse_impossible(run: RunDirectory, plan: TrainingPlan) -> None:
-    """Ask Slurm whether the job could ever start; without this it may accept it and leave it pending for ever.
-
-    Raises:
-        SchedulerError: it could not; Slurm's reason is in the message.
-    """
-    result = subprocess.run(
-        ["sbatch", "--test-only"], input=sbatch_script(run, plan), capture_output=True, text=True, check=False
-    )
-    if result.returncode:
-        cluster = plan.settings.cluster
-        raise SchedulerError(
-            f"Slurm could not run this on {cluster.nodes} nodes of partition {cluster.partition or '(the default)'}: "
-            f"{' '.join(result.stderr.split())}; see `sinfo`, and set cluster.nodes, partition, account or time_limit"
-        )
+def _slurm_command(run: RunDirectory, number: int = 1) -> str:
+    return f"exec {supervisor_command(run, number)}"
 
 
-def _slurm_command(run: RunDirectory) -> str:
-    return f"exec {supervisor_command(run)}"
-
-
-def _submit_slurm(run: RunDirectory, plan: TrainingPlan) -> tuple[str, float]:
-    job = slurm_executor(run, plan)._submit_command(_slurm_command(run))
+def _submit_slurm(run: RunDirectory, plan: TrainingPlan, number: int) -> tuple[str, float]:
+    job = slurm_executor(run, plan)._submit_command(_slurm_command(run, number))
     return str(job.job_id), 0.0
 
 
-def main(path: str) -> None:
+def main(path: str, number: int) -> None:
     """Submit, and print the job's record as JSON in the last line."""
     run = RunDirectory(Path(path))
     plan = read_plan(run.plan)
@@ -211,19 +238,12 @@ def main(path: str) -> None:
         os.dup2(log, target)
     os.dup2(null, 0)
     try:
-        job_id, created = (_submit_slurm if scheduler == "slurm" else _submit_local)(run, plan)
+        job_id, created = (_submit_slurm if scheduler == "slurm" else _submit_local)(run, plan, number)
     except Exception:
         os.dup2(errors, 2)
         raise
-    record = {
-        "time": time.time(),
-        "scheduler": scheduler,
-        "job_id": job_id,
-        "process_created": created,
-        "host": socket.gethostname(),
-    }
-    os.write(answer, (json.dumps(record) + "\n").encode())
+    os.write(answer, (json.dumps({"job_id": job_id, "process_created": created}) + "\n").encode())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,15 +1,16 @@
 """The job's main process: start the ranks, mark their checkpoints, hear the warnings, decide what follows.
 
-    python -m orchestrator.slurm.supervisor RUN
+    python -m orchestrator.slurm.supervisor RUN SUBMISSION
 
 A warning (the time limit's SIGUSR2, a SIGTERM) becomes a stop request in the attempt's folder; the
-ranks agree on it at a step boundary, save, and leave with 75. Only this process marks a checkpoint as
+ranks agree on it at a step boundary, save, and leave with 75. Under Slurm the nodes are checked before
+ranks start and heard from while they run (`allocation.py`). Only this process marks a checkpoint as
 complete. How an attempt ended is written last, to outcome.json.
 """
 
 import contextlib
-import dataclasses
 import logging
+import math
 import os
 import signal
 import socket
@@ -24,17 +25,29 @@ from typing import Any
 import psutil
 
 from orchestrator import exit_codes
+from orchestrator.attempt_record import attempt_record
 from orchestrator.checkpoint_keeper import CheckpointKeeper, mark_left_over
 from orchestrator.checkpoints import VISIBLE_SECONDS, complete_checkpoints, parse_name
 from orchestrator.errors import OrchestrateError, RunError
 from orchestrator.events import CheckpointEvent, StartEvent, StepEvent, read_events
-from orchestrator.exit_codes import CAUSE_OF_CODE, Cause
+from orchestrator.exit_codes import Cause
 from orchestrator.files import JsonLines, is_full, read_json, write_atomic, write_json
 from orchestrator.owner_lock import OwnedLock, acquire
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.recovery import Action, Decision, Ending, decide
 from orchestrator.run_directory import FILE_MASK, AttemptDirectory, RunDirectory
-from orchestrator.slurm.ranks import Preload, Ranks, start_ranks
+from orchestrator.slurm.allocation import Allocation, describe
+from orchestrator.slurm.endings import AttemptEnding, explain_ending
+from orchestrator.slurm.job import (
+    OwnJob,
+    end_job,
+    job_facts,
+    kill_wait_seconds,
+    own_job,
+    requeue,
+    why_terminated,
+)
+from orchestrator.slurm.ranks import SRUN_SECONDS_WITHOUT_A_NODE, Preload, Ranks, start_ranks
 from orchestrator.slurm.submission import code_environment, submit
 
 POLL_SECONDS = 0.05
@@ -44,6 +57,8 @@ LOCK_STALE_SECONDS = 60.0
 """Age at which the lock of a supervisor on another host is taken over; its owner renews it much more often."""
 PEER_GRACE_SECONDS = 5.0
 """How long ranks have to end by themselves after the first one failed, so that each can say why."""
+TERM_SECONDS = 5.0
+"""How long the TERM of a requeue may take; a job that ends before it is one that has completed."""
 SHIPPER_SECONDS = 120.0
 RESERVE_BYTES = 1 << 18
 """Kept on the disk for the outcome of a run that filled it."""
@@ -51,28 +66,20 @@ RESERVE_BYTES = 1 << 18
 log = logging.getLogger("supervisor")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Watched:
-    """What was seen of one attempt."""
-
-    cause: Cause
-    message: str
-    rank: int | None
-    host: str | None
-    exit_codes: dict[int, int]
-
-
 class Supervisor:
     """Keeps one run alive in one allocation."""
 
-    def __init__(self, run: RunDirectory, lock: OwnedLock) -> None:
+    def __init__(self, run: RunDirectory, lock: OwnedLock, job: OwnJob | None) -> None:
         self._run = run
         self._lock = lock
+        self._job = job
         self._looked = time.monotonic()
         self._plan: TrainingPlan = read_plan(run.plan)
-        self._reason = ""
+        self._terminated = False
+        self._asked: Cause | None = None
         self._deadline: float | None = None
         self._preload: Preload | None = None
+        self._nodes = Allocation(run, self._plan, job) if job is not None else None
 
     def main(self) -> int:
         """Run attempts until the run is finished, stopped, or goes on in another job."""
@@ -91,28 +98,42 @@ class Supervisor:
                 if decision.action == Action.FINISH or not self._run.cancel_mark.exists():
                     return 0 if decision.action in (Action.FINISH, Action.REQUEUE) else 1
             log.info("cancelled; does not go on")
-            if "SLURM_JOB_ID" in os.environ:
-                # So that Slurm says CANCELLED, and starts what is left of the job in no case again.
-                subprocess.run(["scancel", os.environ["SLURM_JOB_ID"]], check=False)
+            if self._job is not None:
+                end_job(self._job)
             return 1
         finally:
+            if self._nodes is not None:
+                self._nodes.close()
             if self._preload is not None:
                 self._preload.close()
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         """Note a signal; the loop acts on it."""
         if number == signal.SIGTERM:
-            self._reason = "cancelled" if self._run.cancel_mark.exists() else "stopped"
-        elif not self._reason:
-            self._reason = "time_limit"
-        if self._deadline is None:
-            self._deadline = time.monotonic() + self._plan.settings.cluster.warning_seconds
+            self._terminated = True
+        elif self._asked is None:
+            self._ask(Cause.TIME_LIMIT, self._plan.settings.cluster.warning_seconds)
+
+    def _ask(self, why: Cause, seconds: float) -> None:
+        """Have the ranks save and leave within so many seconds."""
+        self._asked = why
+        self._deadline = min(self._deadline or math.inf, time.monotonic() + seconds)
+
+    def _answer_term(self) -> None:
+        """Find out what a SIGTERM was for; Slurm's own follows with a KILL of its own after some seconds."""
+        self._terminated = False
+        if self._run.cancel_mark.exists():
+            self._ask(Cause.CANCELLED, self._plan.settings.cluster.warning_seconds)
+        elif self._job is None:
+            self._ask(Cause.STOPPED, self._plan.settings.cluster.warning_seconds)
+        else:
+            self._ask(why_terminated(self._job, job_facts(self._job.job_id)), kill_wait_seconds())
 
     def _attempt(self) -> Decision:
         attempt = self._run.new_attempt()
         started = time.time()
         write_json(attempt.job, self._job_record(started))
-        log.info("attempt %d starts %d ranks", attempt.number, self._plan.layout.world_size)
+        log.info("attempt %d is to start %d ranks", attempt.number, self._plan.layout.world_size)
         notes = JsonLines(attempt.supervisor_events)
         try:
             mark_left_over(self._run, notes, self._lock.is_mine)
@@ -122,14 +143,17 @@ class Supervisor:
             log.warning("what the attempt before has left is not marked: %s", error)
         keeper = CheckpointKeeper(self._run, attempt, self._plan, notes, self._lock.is_mine)
         shipper = self._start_shipper(attempt)
-        watched = self._watch(attempt, keeper)
+        watched = self._run_ranks(attempt, keeper)
         if watched.cause == Cause.DISK_FULL:
             self._run.reserve.unlink(missing_ok=True)  # for a marker that had no room, and for the outcome
             with contextlib.suppress(OrchestrateError, OSError):
                 keeper.look()
             keeper.discard_unfinished()
         steps = [event.step for _, event in read_events(attempt.events) if isinstance(event, StartEvent | StepEvent)]
-        ending = Ending(cause=watched.cause, saved_step=newest_step(self._run))
+        if self._nodes is not None and watched.host is not None:
+            self._nodes.suspect(watched.host)
+        enough = self._nodes is None or self._nodes.has_enough()
+        ending = Ending(cause=watched.cause, saved_step=newest_step(self._run), enough_nodes=enough)
         history = self._history(attempt)
         decision = decide(
             [ending for _, ending in history],
@@ -138,9 +162,15 @@ class Supervisor:
             started_from=saved_step(self._run, (history[0][0] if history else attempt.number) - 1),
         )
         notes.close()
+        ended = time.time()
+        nodes = self._nodes.chosen if self._nodes is not None else ()
+        checking = self._nodes.checking if self._nodes is not None else None
+        record = attempt_record(self._run, attempt, saved_step=ending.saved_step, ended=ended, checking=checking)
         write_json(
             attempt.outcome,
             {
+                **record,
+                "ranks_on": list(nodes),
                 "attempt": attempt.number,
                 "cause": watched.cause,
                 "message": watched.message,
@@ -150,7 +180,7 @@ class Supervisor:
                 "last_step": steps[-1] if steps else None,
                 "saved_step": ending.saved_step,
                 "started": started,
-                "ended": time.time(),
+                "ended": ended,
                 "submissions": len(self._run.submissions()),
                 "exit_codes": {str(rank): code for rank, code in sorted(watched.exit_codes.items())},
                 "action": decision.action,
@@ -164,11 +194,20 @@ class Supervisor:
         self._end_shipper(shipper)
         return decision
 
-    def _watch(self, attempt: AttemptDirectory, keeper: CheckpointKeeper) -> Watched:
-        """Start the ranks, follow them to their end, and say what ended them."""
+    def _run_ranks(self, attempt: AttemptDirectory, keeper: CheckpointKeeper) -> AttemptEnding:
+        """Choose the nodes, start the ranks, follow them to their end, and say what ended them."""
         ranks: Ranks | None = None
         try:
-            ranks = self._start(attempt)
+            self._start_preload()
+            nodes: tuple[str, ...] = ()
+            if self._nodes is not None:
+                choice = self._nodes.choose(attempt, self._ready_preload, self._is_stopped)
+                nodes = choice.nodes
+                if choice.missing and not self._is_stopped():
+                    return AttemptEnding(cause=Cause.NODE_CHECK, message=describe(choice))
+            if self._is_stopped() and self._asked is not None:
+                return AttemptEnding(cause=self._asked, message="asked to stop before ranks were started")
+            ranks = start_ranks(self._run, attempt, self._plan, self._ready_preload(), nodes)
             return self._follow(attempt, ranks, keeper)
         except Exception as error:
             log.exception("the supervisor failed")
@@ -177,10 +216,9 @@ class Supervisor:
             cause = Cause.DISK_FULL if is_full(error) else Cause.EXCEPTION
             if not self._lock.is_mine():
                 cause = Cause.SUPERSEDED
-            message = f"the supervisor failed: {type(error).__name__}: {error}"
-            return Watched(cause=cause, message=message, rank=None, host=None, exit_codes={})
+            return AttemptEnding(cause=cause, message=f"the supervisor failed: {type(error).__name__}: {error}")
 
-    def _follow(self, attempt: AttemptDirectory, ranks: Ranks, keeper: CheckpointKeeper) -> Watched:
+    def _follow(self, attempt: AttemptDirectory, ranks: Ranks, keeper: CheckpointKeeper) -> AttemptEnding:
         """Mark checkpoints, pass stop requests on, and end what a failed rank has left behind."""
         first_failure: tuple[float, dict[int, int]] | None = None
         codes: dict[int, int] = {}
@@ -190,11 +228,18 @@ class Supervisor:
             codes = ranks.ended()
             keeper.look()
             self._look_around()
-            if self._reason and not asked:
-                write_json(attempt.stop_request, {"reason": self._reason, "time": time.time()})
+            if self._asked is not None and not asked:
+                write_json(attempt.stop_request, {"reason": self._asked, "time": time.time()})
                 asked = True
-                log.info("asked the ranks to save and leave: %s", self._reason)
-            if first_failure is None and any(code not in (0, exit_codes.SAVED_AND_LEFT) for code in codes.values()):
+                log.info("asked the ranks to save and leave: %s", self._asked)
+            dead = self._nodes.first_dead() if self._nodes is not None else None
+            if dead is not None:
+                ranks.kill(SRUN_SECONDS_WITHOUT_A_NODE)
+                keeper.look()
+                return AttemptEnding(cause=Cause.NODE_FAILED, message=f"node {dead[0]}: {dead[1]}", host=dead[0])
+            if first_failure is None and (
+                _is_bad(codes) or ranks.srun_failure() is not None or any(attempt.failures.iterdir())
+            ):
                 first_failure = (time.monotonic(), codes)
             late = first_failure is not None and time.monotonic() - first_failure[0] > PEER_GRACE_SECONDS
             if late or (self._deadline is not None and time.monotonic() > self._deadline):
@@ -206,10 +251,19 @@ class Supervisor:
                 message = (
                     f"the ranks left well, and after {VISIBLE_SECONDS:.0f} s their last checkpoint is not whole here"
                 )
-                return Watched(cause=Cause.EXCEPTION, message=message, rank=None, host=None, exit_codes=codes)
+                return AttemptEnding(cause=Cause.EXCEPTION, message=message, exit_codes=codes)
             time.sleep(POLL_SECONDS)
             keeper.look()
-        return explain(attempt, codes if first_failure is None else first_failure[1], codes, self._reason)
+        records = sorted((read_json(path) for path in attempt.failures.glob("rank_*.json")), key=_time_of)
+        is_told = first_failure is not None and _is_bad(first_failure[1])  # otherwise by a file, before any code
+        return explain_ending(
+            records,
+            first_failure[1] if first_failure is not None and is_told else codes,
+            codes,
+            asked=self._asked,
+            srun=ranks.srun_failure(),
+            host=socket.gethostname(),
+        )
 
     def _look_around(self) -> None:
         """Every second: whether a person has cancelled, though no signal came, and whether the run is still ours.
@@ -217,33 +271,44 @@ class Supervisor:
         Raises:
             RunError: another supervisor has taken the run over.
         """
-        if time.monotonic() - self._looked < LOOK_SECONDS:
+        if time.monotonic() - self._looked < LOOK_SECONDS and not self._terminated:
             return
         self._looked = time.monotonic()
         if not self._lock.is_mine():
             raise RunError(f"run {self._run.name} has another supervisor by now")
-        if self._run.cancel_mark.exists() and self._reason != "cancelled":
-            self._hear(signal.SIGTERM, None)
+        if self._terminated or (self._run.cancel_mark.exists() and self._asked != Cause.CANCELLED):
+            self._answer_term()
 
-    def _start(self, attempt: AttemptDirectory) -> Ranks:
+    def _is_stopped(self) -> bool:
+        """Whether ranks that are not started yet need not be started."""
+        self._look_around()
+        return self._asked is not None
+
+    def _start_preload(self) -> None:
+        """Start the process that forks the ranks, anew where it has ended; it imports while nodes are checked."""
         cluster = self._plan.settings.cluster
-        if cluster.fork_ranks:
-            if self._preload is None or not self._preload.is_alive:
-                self._preload = Preload(self._run, self._plan)
+        is_forked = cluster.fork_ranks and cluster.device == "cpu"
+        if is_forked and (self._preload is None or not self._preload.is_alive):
+            self._preload = Preload(self._run, self._plan)
+
+    def _ready_preload(self) -> Preload | None:
+        """Return the process that forks the ranks; None where they are not forked."""
+        if self._preload is not None:
             self._preload.wait_until_ready()
-        return start_ranks(self._run, attempt, self._plan, self._preload)
+        return self._preload
 
     def _job_record(self, started: float) -> dict[str, Any]:
         submissions = self._run.submissions()
+        job = self._job
         return {
             "scheduler": self._plan.settings.cluster.scheduler,
-            "job_id": os.environ.get("SLURM_JOB_ID")
-            or (submissions[-1]["job_id"] if submissions else str(os.getppid())),
-            "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            "job_id": job.job_id if job else submissions[-1]["job_id"] if submissions else str(os.getppid()),
+            "restart_count": job.restarts if job else 0,
             "process": os.getpid(),
             "process_created": psutil.Process().create_time(),
             "host": socket.gethostname(),
-            "nodes": os.environ.get("SLURM_JOB_NODELIST", socket.gethostname()),
+            "nodes": os.environ["SLURM_JOB_NODELIST"] if job else socket.gethostname(),
+            "node_count": len(job.nodes) if job else self._plan.settings.cluster.nodes,
             "started": started,
             "submissions": len(submissions),
         }
@@ -286,18 +351,26 @@ class Supervisor:
             shipper.wait()
 
     def _requeue(self) -> None:
-        """Have the run go on in another job."""
+        """Have the run go on in another job: this one started again, or a successor where that is not allowed."""
         if self._run.cancel_mark.exists():
             log.info("cancelled meanwhile; does not go on")
             return
         self._lock.release()  # for the supervisor of the next job
-        job = os.environ.get("SLURM_JOB_ID")
-        if job is None:
-            log.info("goes on as job %s", submit(self._run, by="supervisor"))
+        if self._job is not None and requeue(self._job):
+            log.info("job %s is started again by Slurm", self._job.job_id)
+            deadline = time.monotonic() + TERM_SECONDS
+            while not self._terminated and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
             return
-        log.info("requeues job %s", job)
-        subprocess.run(["scontrol", "requeue", job], check=True)
-        signal.pause()  # Slurm's TERM follows at once
+        log.info("goes on as job %s", submit(self._run, by="supervisor"))
+
+
+def _is_bad(codes: dict[int, int]) -> bool:
+    return any(code not in (exit_codes.FINISHED, exit_codes.SAVED_AND_LEFT) for code in codes.values())
+
+
+def _time_of(record: dict[str, Any]) -> float:
+    return float(record["time"])
 
 
 def newest_step(run: RunDirectory) -> int:
@@ -321,62 +394,23 @@ def saved_step(run: RunDirectory, number: int) -> int:
     return saved_step(run, number - 1)
 
 
-def in_one_line(text: str) -> str:
-    """Return an error with its list of problems as one sentence."""
-    first, *rest = (line.strip().removeprefix("- ") for line in text.splitlines() if line.strip())
-    return " ".join([first, "; ".join(rest)]).strip()
-
-
-def explain(attempt: AttemptDirectory, first: dict[int, int], codes: dict[int, int], asked: str) -> Watched:
-    """Say what ended an attempt: the first failing rank, not the largest exit code.
+def main(path: str, number: int) -> int:
+    """Supervise a run; the exit code is that of the job.
 
     Args:
-        first: exit codes when the first failure was seen.
-        codes: all exit codes.
-        asked: the reason of the stop request, or nothing.
+        number: of the submission that this job is.
     """
-    records = sorted(
-        (read_json(path) for path in attempt.failures.glob("rank_*.json")), key=lambda record: float(record["time"])
-    )
-    # A rank that knows its cause is believed before any signal: srun's code is the largest of all ranks', and
-    # those that wait for a failed rank are killed or lose their connection.
-    known = [record for record in records if record["exit_code"] != exit_codes.EXCEPTION]
-    killed = [] if known else [rank for rank, code in sorted(first.items()) if code > 128]
-    if killed and asked in ("cancelled", "stopped", "time_limit"):
-        return Watched(cause=Cause(asked), message=f"asked to stop ({asked}), ended before it could save", rank=None,
-                       host=None, exit_codes=codes)  # fmt: skip
-    if killed:
-        name = signal.Signals(first[killed[0]] - 128).name
-        return Watched(cause=Cause.RANK_KILLED, message=f"rank {killed[0]} was killed by {name}", rank=killed[0],
-                       host=socket.gethostname(), exit_codes=codes)  # fmt: skip
-    if records:
-        record = (known or records)[0]
-        message = in_one_line(record["message"])
-        cause = CAUSE_OF_CODE.get(record["exit_code"], Cause.EXCEPTION)
-        step = f" after step {record['step']}" if record["step"] is not None else " before the first step"
-        return Watched(cause=cause, message=f"rank {record['rank']} on {record['host']}{step}: {record['error']}: "
-                       f"{message}", rank=record["rank"], host=record["host"], exit_codes=codes)  # fmt: skip
-    if set(codes.values()) == {exit_codes.FINISHED}:
-        return Watched(cause=Cause.FINISHED, message="all steps are done", rank=None, host=None, exit_codes=codes)
-    if set(codes.values()) == {exit_codes.SAVED_AND_LEFT} and asked:
-        return Watched(cause=Cause(asked), message="saved and left", rank=None, host=None, exit_codes=codes)
-    failed = next((rank for rank, code in sorted(first.items()) if code in CAUSE_OF_CODE and code), None)
-    cause = Cause.EXCEPTION if failed is None else CAUSE_OF_CODE[first[failed]]
-    message = f"ranks ended with {codes} and left no record"
-    return Watched(cause=cause, message=message, rank=failed, host=None, exit_codes=codes)
-
-
-def main(path: str) -> int:
-    """Supervise a run; the exit code is that of the job."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)sZ supervisor %(levelname)s %(message)s", force=True)
     logging.Formatter.converter = time.gmtime
     os.umask(FILE_MASK)
     run = RunDirectory(Path(path))
+    job = own_job()
     try:
-        lock = take_run(run)
+        settle_submission(run, number, job)
+        lock = take_run(run, job)
         threading.Thread(target=keep_renewing, args=(lock,), name="lock", daemon=True).start()
         try:
-            return Supervisor(run, lock).main()
+            return Supervisor(run, lock, job).main()
         finally:
             lock.release()
     except RunError as error:
@@ -394,7 +428,20 @@ def keep_renewing(lock: OwnedLock) -> None:
         time.sleep(LOCK_RENEWAL_SECONDS)
 
 
-def take_run(run: RunDirectory) -> OwnedLock:
+def settle_submission(run: RunDirectory, number: int, job: OwnJob | None) -> None:
+    """Record this job where nobody could, and leave where the run goes on in a newer one.
+
+    Raises:
+        RunError: another submission has followed, or this one was taken back.
+    """
+    submissions = run.submissions()
+    if not submissions or submissions[-1]["number"] != number:
+        raise RunError(f"run {run.name} does not go on in submission {number}; this job leaves")
+    if job is not None and submissions[-1]["job_id"] is None:
+        run.complete_submission(number, {"job_id": job.job_id, "process_created": 0.0})
+
+
+def take_run(run: RunDirectory, job: OwnJob | None) -> OwnedLock:
     """Become a run's only supervisor.
 
     One of another host that has stopped renewing its lock is waited for. A requeued job takes the run
@@ -405,8 +452,8 @@ def take_run(run: RunDirectory) -> OwnedLock:
     """
     attempts = run.attempts()
     before = attempts[-1].read_job() if attempts else None
-    job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if job is not None and before is not None and before["job_id"] == job and before["restart_count"] < restarts:
+    is_same = job is not None and before is not None and before["job_id"] == job.job_id
+    if job is not None and before is not None and is_same and before["restart_count"] < job.restarts:
         run.supervisor_lock.unlink(missing_ok=True)
     deadline = time.monotonic() + LOCK_STALE_SECONDS + LOCK_RENEWAL_SECONDS
     while True:
@@ -421,4 +468,4 @@ def take_run(run: RunDirectory) -> OwnedLock:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

@@ -22,7 +22,6 @@ from orchestrator.run_directory import RunDirectory
 from orchestrator.settings import RunSettings
 from orchestrator.slurm import sandbox
 from orchestrator.slurm.sandbox import Sandbox
-from orchestrator.slurm.submission import sbatch_script
 from orchestrator.status import read_status
 from tests.conftest import REPOSITORY, SMALL
 from tests.launched import step_of, wait_for, wait_to_end
@@ -196,40 +195,6 @@ def settings_on(cluster: str, runs: Path, corpus: Path, *overrides: str) -> RunS
             "name=on-slurm", f"cluster={cluster}", "cluster.nodes=2", *overrides,
         ],
     )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("overrides", "reason"),
-    [
-        (("cluster.nodes=16", "layout.global_batch_size=16"), "16 nodes of partition gpu"),
-        (("cluster.partition=nowhere",), "invalid partition"),
-        (("cluster.ranks_per_node=512", "cluster.nodes=1", "layout.global_batch_size=512"), "1 nodes of partition gpu"),
-    ],
-    ids=["more nodes than there are", "no such partition", "more tasks than a node has processors"],
-)
-@pytest.mark.usefixtures("slurm")
-def test_a_request_that_could_never_start_is_refused_at_once_and_no_folder_is_left(
-    tmp_path: Path, corpus: Path, overrides: tuple[str, ...], reason: str
-) -> None:
-    plan = make_plan(settings_on("sandbox", tmp_path / "runs", corpus, *overrides))
-    with pytest.raises(SchedulerError, match="Slurm could not run this on") as error:
-        launch(plan, "a test")
-    assert reason in str(error.value)
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.usefixtures("slurm")
-def test_the_sbatch_script_is_the_golden_one(tmp_path: Path, corpus: Path, request: pytest.FixtureRequest) -> None:
-    for cluster in ("sandbox", "h100"):
-        plan = make_plan(
-            settings_on(cluster, tmp_path, corpus, "cluster.account=research", "layout.global_batch_size=16")
-        )
-        text = sbatch_script(RunDirectory(tmp_path / "on-slurm"), plan)
-        text = text.replace(str(tmp_path), "RUNS").replace(sys.executable, "PYTHON")
-        golden = REPOSITORY / "tests" / "golden" / f"sbatch-{cluster}.sh"
-        if request.config.getoption("--update-golden"):
-            golden.write_text(text)
-        assert text == golden.read_text(), "run pytest with --update-golden after looking at the difference"
 
 
 def test_a_launched_job_saves_at_the_warning_is_requeued_by_slurm_and_saves_again_when_it_is_cancelled(

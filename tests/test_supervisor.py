@@ -10,18 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator import exit_codes
 from orchestrator.checkpoints import complete_checkpoints
 from orchestrator.errors import RunError
-from orchestrator.exit_codes import Cause
-from orchestrator.files import read_json, write_json
+from orchestrator.files import read_json
 from orchestrator.launch import cancel
 from orchestrator.reconcile import State
 from orchestrator.resume import prepare_resume, resume
-from orchestrator.run_directory import RunDirectory, create_run
-from orchestrator.slurm.ranks import SOCKET_FOLDER
+from orchestrator.run_directory import RunDirectory
+from orchestrator.slurm.ranks import socket_folder
 from orchestrator.slurm.scheduler import local_process, warn_of_time_limit
-from orchestrator.slurm.supervisor import explain
 from orchestrator.status import read_status
 from tests.launched import processes_of, step_of, wait_for, wait_to_end
 
@@ -123,25 +120,6 @@ def test_a_cancel_whose_signal_is_lost_is_seen_all_the_same(start: Callable[...,
     assert complete_checkpoints(run)[-1].step == status.step
 
 
-@pytest.mark.parametrize(
-    ("codes", "known", "cause"),
-    [
-        ({0: 137}, exit_codes.DISK_FULL, Cause.DISK_FULL),  # srun's code, of ranks that were killed after it
-        ({0: 74}, exit_codes.DISK_FULL, Cause.DISK_FULL),
-        ({0: 137}, exit_codes.NOT_FINITE, Cause.NOT_FINITE),
-        ({0: 137}, exit_codes.EXCEPTION, Cause.RANK_KILLED),  # a peer that lost its connection
-        ({0: 1}, exit_codes.EXCEPTION, Cause.EXCEPTION),
-    ],
-)
-def test_a_rank_that_knows_its_cause_is_believed_before_the_largest_exit_code(
-    tmp_path: Path, codes: dict[int, int], known: int, cause: Cause
-) -> None:
-    attempt = create_run(tmp_path, "a-run").new_attempt()
-    record = {"rank": 3, "host": "n002", "time": 1.0, "step": 5, "exit_code": known, "error": "E", "message": "why"}
-    write_json(attempt.rank_failure(3), record)
-    assert explain(attempt, codes, codes, "").cause == cause
-
-
 def test_an_exception_in_a_rank_is_what_the_user_sees_and_nothing_is_started_again(
     start: Callable[..., RunDirectory], tmp_path: Path
 ) -> None:
@@ -167,7 +145,7 @@ def test_a_supervisor_that_is_killed_takes_its_ranks_along_and_the_run_can_be_re
     process = local_process(run)
     assert process is not None and ranks
     os.kill(process.pid, signal.SIGKILL)
-    left = Path(tempfile.gettempdir()) / f"{SOCKET_FOLDER}{process.pid}-"
+    left = Path(tempfile.gettempdir()) / socket_folder(process.pid)
     psutil.wait_procs(ranks, timeout=20)
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
     wait_for("the job's end", lambda: local_process(run) is None, run)
@@ -188,12 +166,3 @@ def test_a_local_time_limit_is_real(start: Callable[..., RunDirectory]) -> None:
     assert (outcome["cause"], outcome["action"]) == ("time_limit", "requeue")
     cancel(run)
     assert wait_to_end(run).state == State.CANCELLED
-
-
-def test_ranks_that_could_leave_no_record_are_told_by_their_exit_codes(tmp_path: Path) -> None:
-    attempt = create_run(tmp_path, "a-run").new_attempt()
-    codes = {0: exit_codes.EXCEPTION, 1: exit_codes.DISK_FULL}
-    found = explain(attempt, {1: exit_codes.DISK_FULL}, codes, "")
-    assert (found.cause, found.rank) == (Cause.DISK_FULL, 1)
-    assert "left no record" in found.message
-    assert explain(attempt, {0: 99}, {0: 99}, "").cause == Cause.EXCEPTION

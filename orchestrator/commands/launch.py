@@ -1,4 +1,4 @@
-"""`orchestrate launch`: start a run."""
+"""`orchestrate launch`: start a run, or rehearse it first."""
 
 import shlex
 import sys
@@ -16,20 +16,38 @@ from orchestrator.commands.request import (
 )
 
 
-@click.command(name="launch", short_help="Start a run.")
+@click.command(name="launch", short_help="Start a run, or rehearse it.")
 @request_options
+@click.option("--spare-nodes", type=click.IntRange(min=0), help="Nodes to ask for beyond those (cluster.spare_nodes).")
+@click.option("--partition", help="Slurm's partition (cluster.partition).")
+@click.option("--time", "time_limit", metavar="H:MM:SS", help="Time limit of one job (cluster.time_limit).")
 @click.option("--from", "from_checkpoint", metavar="RUN[@STEP]", help="Go on from another run's checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan, start nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask before GPU hours are spent.")
 @click.option("--wait", is_flag=True, help="Show progress until the run ends; leaving with Ctrl-C does not end it.")
+@click.option("--rehearse", is_flag=True, help="The very launch with a toy on CPU ranks, on a Slurm of its own here.")
+@click.option("--ranks-per-node", type=click.IntRange(min=1), help="CPU ranks a node of a rehearsal.  [default: 1]")
+@click.option("--steps", type=click.IntRange(min=2), help="Steps of a rehearsal.  [default: 10]")
+@click.option("--faithful", is_flag=True, help="Rehearse with ranks that Slurm starts itself; slower.")
+@click.option("--on-cluster", is_flag=True, help="Rehearse on CPU nodes of the site's own Slurm.")
+@click.option("--json", "as_json", is_flag=True, help="Print what a rehearsal did as JSON.")
 def command(
     recipe: str,
     overrides: tuple[str, ...],
     nodes: int | None,
+    spare_nodes: int | None,
+    partition: str | None,
+    time_limit: str | None,
     from_checkpoint: str | None,
     dry_run: bool,
     yes: bool,
     wait: bool,
+    rehearse: bool,
+    ranks_per_node: int | None,
+    steps: int | None,
+    faithful: bool,
+    on_cluster: bool,
+    as_json: bool,
 ) -> None:
     """Start a run of RECIPE: check base and data, show the plan, ask, submit.
 
@@ -37,6 +55,10 @@ def command(
     With --from the run goes on from a checkpoint of another one, with that run's settings unless a
     RECIPE is given, and the other run stays as it is. The run goes on by itself; `orchestrate status
     last` tells where it stands.
+
+    With --rehearse the same launch runs on this machine before it costs anything: a real Slurm of as
+    many nodes, the same layout, supervisor and tracking, a toy model on CPU ranks; it saves, loses a
+    node, and goes on. Data and base are made where they are not given.
     """
     from orchestrator.commands.plan import show_plan
     from orchestrator.launch import check_start, launch
@@ -44,6 +66,24 @@ def command(
     from orchestrator.screen import print_facts, print_next
     from orchestrator.units import format_count
 
+    chosen = {"spare_nodes": spare_nodes, "partition": partition, "time_limit": time_limit}
+    overrides = (*overrides, *(f"cluster.{name}={value}" for name, value in chosen.items() if value is not None))
+    for_rehearsals = {"--ranks-per-node": ranks_per_node, "--steps": steps, "--faithful": faithful,
+                      "--on-cluster": on_cluster, "--json": as_json}  # fmt: skip
+    misplaced = [name for name, value in for_rehearsals.items() if value]
+    if misplaced and not rehearse:
+        raise click.UsageError(f"{misplaced[0]} is for --rehearse; add that, or leave it away")
+    if rehearse:
+        if from_checkpoint is not None:
+            raise click.UsageError("--rehearse starts from a base of its own size; leave --from away")
+        from orchestrator.commands.rehearse import run_rehearsal
+        from orchestrator.rehearsal_run import RehearsalRequest
+
+        request = RehearsalRequest(
+            ranks_per_node=ranks_per_node or 1, steps=steps or 10, is_faithful=faithful, on_cluster=on_cluster
+        )
+        run_rehearsal(recipe, overrides, nodes, request, is_dry=dry_run, as_json=as_json)
+        return
     branch = None
     if from_checkpoint is None:
         settings = requested_settings(recipe, overrides, nodes)
@@ -70,6 +110,11 @@ def command(
         ask_before_spending("start it?")
     run = launch(plan, shlex.join(sys.argv), branch)
     print_facts("", [("run", str(run.path))])
+    record = run.submissions()[-1]
+    if record["scheduler"] == "slurm":
+        print_facts("", [("job", record["job_id"])])
+        if record.get("may_requeue") is False:
+            click.echo("this site starts no job again: at the end of each the run goes on in a successor", err=True)
     if wait:
         from orchestrator.follow import follow
 

@@ -28,7 +28,7 @@ def requested_settings(recipe: str, overrides: Sequence[str], nodes: int | None)
     """Return the checked settings of a request; of its words the one without an `=` is the recipe."""
     from orchestrator.config import compose
 
-    named, given = _words(recipe, overrides, nodes)
+    named, given = request_words(recipe, overrides, nodes)
     return compose(named or DEFAULT_RECIPE, given)
 
 
@@ -43,14 +43,14 @@ def requested_branch(
     run, checkpoint = requested_checkpoint(reference)
     source = click.get_current_context().get_parameter_source("recipe")
     is_named = source is not None and source.name != "DEFAULT"
-    named, given = _words(recipe if is_named else "", overrides, nodes)
+    named, given = request_words(recipe if is_named else "", overrides, nodes)
     if named:
         return BranchPoint(run=run, checkpoint=checkpoint), compose(named, given)
     own_name = [f"name={run.name}-from-{checkpoint.step}"]
     return BranchPoint(run=run, checkpoint=checkpoint), recompose(read_plan(run.plan).settings, [*own_name, *given])
 
 
-def _words(recipe: str, overrides: Sequence[str], nodes: int | None) -> tuple[str, list[str]]:
+def request_words(recipe: str, overrides: Sequence[str], nodes: int | None) -> tuple[str, list[str]]:
     """Return the recipe, or nothing where none was named, and the overrides of a request's words."""
     given = [word for word in (recipe, *overrides) if word]
     named = [word for word in given if "=" not in word][:1]

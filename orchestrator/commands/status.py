@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from orchestrator.status import RunStatus
+    from orchestrator.status import AttemptStatus, RunStatus
+
+SHOWN_SHARE = 0.005
+"""Of the time; a kind that took less is left out of the screen's line and stands in the JSON."""
 
 
 @click.command(name="status", short_help="Show where a run stands, or list all runs.")
@@ -79,6 +82,8 @@ def show_status(status: "RunStatus") -> None:
         ("speed", speed),
         ("layout", status.layout),
         ("checkpoint", checkpoint),
+        *_hours(status),
+        *([("nodes", _nodes(status.attempt_list[-1]))] if status.attempt_list else []),
         ("folder", str(status.path)),
     ]
     if status.last_event is not None and status.state == "RUNNING":
@@ -89,20 +94,59 @@ def show_status(status: "RunStatus") -> None:
     print_facts(status.name, facts)
     if status.attempt_list:
         print_table(
-            ("attempt", "job", "started", "steps", "lasted", "ended by", "then"),
+            ("no.", "job", "began", "nodes", "steps", "lasted", "tokens lost", "ended by"),
             [
                 (
                     str(attempt.number),
                     attempt.job_id,
-                    format_time(attempt.started) if attempt.started else "-",
+                    format_time(attempt.started)[5:16].replace("T", " ") if attempt.started else "-",
+                    attempt.nodes or "-",
                     f"{attempt.first_step}-{attempt.last_step}" if attempt.last_step is not None else "-",
                     format_duration((attempt.ended or time.time()) - attempt.started) if attempt.started else "-",
-                    attempt.cause or "running",
-                    attempt.action or "-",
+                    format_count(attempt.ledger.tokens_lost) if attempt.ledger and attempt.ledger.tokens_lost else "-",
+                    _ended_by(attempt),
                 )
                 for attempt in status.attempt_list
             ],
+            right=(6,),
         )
+
+
+def _hours(status: "RunStatus") -> list[tuple[str, str]]:
+    """Return the lines on where the time went and what it costs."""
+    from orchestrator.units import format_duration
+
+    ledger, unit = status.ledger, "GPU hours" if status.is_on_gpus else "rank hours"
+    if status.effective_share is None:
+        return []
+    others = [
+        f"{kind} {format_duration(seconds)}"
+        for kind, seconds in ledger.seconds.items()
+        if kind != "training" and seconds >= SHOWN_SHARE * ledger.total_seconds
+    ]
+    spent = f"{_number(ledger.gpu_hours)} {unit}"
+    if ledger.spare_gpu_hours:
+        spent += f", {_number(ledger.spare_gpu_hours)} more of spare nodes"
+    if status.cost is not None:
+        spent += f"; at the cluster's price {_number(status.cost)}"
+    shares = f"training {status.effective_share:.0%} of {format_duration(ledger.total_seconds)}"
+    return [("time", ", ".join([shares, *others])), ("spent", spent)]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _nodes(attempt: "AttemptStatus") -> str:
+    spares = "" if not attempt.spare_nodes else f", {attempt.spare_nodes} of them to spare"
+    return attempt.nodes + spares
+
+
+def _ended_by(attempt: "AttemptStatus") -> str:
+    """Return an attempt's cause of end, with the node where it happened if there was a choice."""
+    if not attempt.cause:
+        return "running"
+    return f"{attempt.cause} on {attempt.host}" if attempt.host not in ("", attempt.nodes) else attempt.cause
 
 
 def _show_list(statuses: "list[RunStatus]") -> None:

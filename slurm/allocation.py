@@ -1,0 +1,213 @@
+"""The nodes of a Slurm job: checked before ranks start on them, the best of them chosen, heard from afterwards.
+
+The first attempt checks every node, spares included. A restart in the same allocation checks only those
+that gave reason to. A node that died or failed its checks is not taken again in this job.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.files import read_json, write_json
+from orchestrator.plan import TrainingPlan
+from orchestrator.run_directory import AttemptDirectory, RunDirectory
+from orchestrator.slurm.job import OwnJob, by_switch, switches
+from orchestrator.slurm.node_checks import Choice, Finding, RankRecord, choose_nodes, judge, judge_ranks
+from orchestrator.slurm.node_watch import NodeWatch
+from orchestrator.slurm.ranks import Preload, rank_words, start_step
+from orchestrator.values import from_plain, to_plain
+
+CHECKS_MODULE = "megatron_solar.node_checks"
+LOOK_SECONDS = 0.1
+LEAVE_SECONDS = 3.0
+"""For the agents to leave; their srun waits much longer for a node that is dead."""
+GRACE_SECONDS = 15.0
+"""Beyond their own time limit, for ranks that must be imported and ended."""
+
+log = logging.getLogger("supervisor")
+
+
+class Allocation:
+    """What the supervisor knows of its job's nodes; `close` ends the agents."""
+
+    def __init__(self, run: RunDirectory, plan: TrainingPlan, job: OwnJob) -> None:
+        self._run = run
+        self._plan = plan
+        self._order = by_switch(job.nodes, switches())
+        self._bad: dict[str, str] = {}
+        self._suspects: set[str] = set(job.nodes)
+        self._watch: NodeWatch | None = None
+        self._agents: subprocess.Popen[bytes] | None = None
+        self.chosen: tuple[str, ...] = ()
+        """On which ranks run, in their order."""
+        self.checking: tuple[float, float] | None = None
+        """When the newest choice began and ended, Unix time."""
+
+    def choose(
+        self, attempt: AttemptDirectory, preload: Callable[[], Preload | None], is_stopped: Callable[[], bool]
+    ) -> Choice:
+        """Check the suspects, and return the nodes to start on; what was found is kept in the attempt's folder.
+
+        Args:
+            preload: returns the process that forks CPU ranks, where there is one.
+            is_stopped: whether nobody wants the answer any more.
+        """
+        cluster = self._plan.settings.cluster
+        attempt.checks.mkdir()
+        began = time.time()
+        findings: list[Finding] = []
+        suspects = [node for node in self._order if node in self._suspects and node not in self._bad]
+        if self._watch is None:
+            self._watch = NodeWatch(self._order, cluster, attempt.checks / "nodes")
+            self._agents = self._start_agents(self._watch, attempt.checks / "agents.log")
+        elif suspects:
+            self._watch.recheck(suspects)
+        if cluster.checks.enabled and suspects:
+            findings = self._own_findings(self._watch, suspects, is_stopped)
+            usable = [node for node in suspects if node not in {f.node for f in findings if f.excludes}]
+            if usable and not is_stopped():
+                findings += self._findings_of_ranks(attempt, usable, preload, is_stopped)
+        if not is_stopped():
+            self._bad |= {f.node: f"{f.check}: {f.message}" for f in findings if f.excludes}
+            self._suspects = set()
+        self._bad |= self._watch.silent()
+        usable = [node for node in self._order if node not in self._bad]
+        choice = choose_nodes(usable, [f for f in findings if f.node in usable], cluster.nodes)
+        choice = dataclasses.replace(choice, dropped={n: self._bad[n] for n in self._order if n in self._bad})
+        self.chosen = choice.nodes
+        self.checking = (began, time.time())
+        write_json(
+            attempt.checks / "choice.json",
+            {"checking": self.checking, **to_plain(choice), "findings": to_plain(findings)},
+        )
+        for finding in findings:
+            log.warning("%s", finding)
+        log.info("takes %d of %d nodes, %d spare", len(choice.nodes), len(self._order), len(choice.spares))
+        return choice
+
+    def first_dead(self) -> tuple[str, str] | None:
+        """Return the first node with ranks from which nothing is heard any more, with why."""
+        silent = self._watch.silent() if self._watch is not None else {}
+        node = next((node for node in self.chosen if node in silent), None)
+        if node is None:
+            return None
+        self._bad[node] = silent[node]
+        return node, silent[node]
+
+    def suspect(self, node: str) -> None:
+        """Have a node checked again before ranks start on it."""
+        if node in self._order:
+            self._suspects.add(node)
+
+    def has_enough(self) -> bool:
+        """Whether as many nodes as the run needs are not known to be bad."""
+        return len(self._order) - len(self._bad) >= self._plan.settings.cluster.nodes
+
+    def close(self) -> None:
+        """End the agents."""
+        if self._watch is not None:
+            self._watch.close()
+        if self._agents is not None:
+            try:
+                self._agents.wait(LEAVE_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._agents.kill()
+                self._agents.wait()
+
+    def _start_agents(self, watch: NodeWatch, log_path: Path) -> "subprocess.Popen[bytes]":
+        """Start an agent on every node; the step outlives the death of any of them."""
+        count = len(self._order)
+        command = [
+            "srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--overlap", "--no-kill",
+            "--kill-on-bad-exit=0", "--wait=0", "--export=ALL", f"--output={log_path}", "--open-mode=append",
+            *watch.agent_command(sys.executable),
+        ]  # fmt: skip
+        from orchestrator.slurm.submission import code_environment
+
+        with log_path.open("ab") as stream:
+            return subprocess.Popen(
+                command,
+                env={**code_environment(self._run), **watch.agent_environment()},
+                cwd=self._run.path,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                process_group=0,  # as of ranks.start_step
+            )
+
+    def _own_findings(self, watch: NodeWatch, suspects: Sequence[str], is_stopped: Callable[[], bool]) -> list[Finding]:
+        """Wait for what these nodes measure by themselves, and judge it."""
+        cluster = self._plan.settings.cluster
+        deadline = time.monotonic() + cluster.checks.seconds
+        while time.monotonic() < deadline and not is_stopped():
+            reports = watch.wait_for_reports(suspects, LOOK_SECONDS)
+            if len(reports) == len(suspects) and all(
+                report.is_complete or node in watch.silent() for node, report in reports.items()
+            ):
+                break
+        return judge(suspects, watch.wait_for_reports(suspects, 0), cluster)
+
+    def _findings_of_ranks(
+        self,
+        attempt: AttemptDirectory,
+        nodes: Sequence[str],
+        preload: Callable[[], Preload | None],
+        is_stopped: Callable[[], bool],
+    ) -> list[Finding]:
+        """Have ranks compute and speak to each other on these nodes, and judge what they saw.
+
+        A single suspect gets a sound partner, which is judged with it and not blamed for it.
+        """
+        cluster = self._plan.settings.cluster
+        partners = [node for node in self._order if node not in self._bad and node not in nodes]
+        tested = [*nodes, *(partners[:1] if len(nodes) == 1 else [])]
+        folder = attempt.checks / "ranks"
+        folder.mkdir()
+        words = rank_words(
+            self._run, self._plan, preload(), CHECKS_MODULE,
+            [
+                str(folder), "--nodes", str(len(tested)), "--ranks-per-node", str(cluster.ranks_per_node),
+                "--device", cluster.device, "--seconds", str(cluster.checks.seconds),
+            ],
+        )  # fmt: skip
+        step = start_step(
+            self._run, self._plan, words, nodes=tested, ranks_per_node=cluster.ranks_per_node,
+            output=f"{folder}/rank_%4t.log", log=folder / "srun.log", kill_on_bad_exit=False,
+        )  # fmt: skip
+        deadline = time.monotonic() + cluster.checks.seconds + GRACE_SECONDS
+        while step.poll() is None and time.monotonic() < deadline and not is_stopped():
+            time.sleep(LOOK_SECONDS)
+        if step.poll() is None:
+            step.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                step.wait(GRACE_SECONDS)
+            step.kill()
+            step.wait()
+        if is_stopped():
+            return []
+        records = [_rank_record(read_json(path)) for path in sorted(folder.glob("rank_*.json"))]
+        found = judge_ranks(tested, records, cluster)
+        return [finding for finding in found if finding.node in nodes]
+
+
+def _rank_record(plain: dict[str, Any]) -> RankRecord:
+    problems: list[str] = []
+    record = from_plain(RankRecord, plain, "", problems)
+    if record is None:
+        raise ValueError(f"a rank of the node checks wrote what nobody can read: {problems}")
+    return record
+
+
+def describe(choice: Choice) -> str:
+    """Say in one line which nodes were dropped and whether enough are left."""
+    dropped = "; ".join(f"{node}: {why}" for node, why in choice.dropped.items())
+    if choice.missing:
+        return f"{choice.missing} nodes too few passed their checks: {dropped}"
+    return f"{len(choice.dropped)} nodes dropped: {dropped}" if dropped else "all nodes passed their checks"

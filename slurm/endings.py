@@ -1,0 +1,121 @@
+"""What ended the ranks of an attempt: the first that failed, with its host and step, never the largest exit code.
+
+srun's own exit code is the largest of all ranks', so that a root cause drowns in the 137 of those that were
+killed because of it. What the failing rank wrote down is believed first, then what srun said first, then codes.
+"""
+
+import dataclasses
+import re
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orchestrator import exit_codes
+from orchestrator.exit_codes import CAUSE_OF_CODE, Cause
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttemptEnding:
+    """What was seen of the end of one attempt."""
+
+    cause: Cause
+    message: str
+    rank: int | None = None
+    host: str | None = None
+    exit_codes: Mapping[int, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SrunFailure:
+    """The first failure that srun told of."""
+
+    host: str
+    rank: int | None
+    """None where it says nothing of a rank: a node that Slurm has lost."""
+    what: str
+
+
+_TASK = re.compile(r"^srun: error: ([^\s:]+): tasks? ([0-9]+)[-,0-9]*: (.+?)\s*$", re.MULTILINE)
+_NODE = re.compile(r"^srun: error: Node failure on (\S+)", re.MULTILINE)
+
+
+def first_srun_failure(log: str) -> SrunFailure | None:
+    """Find the first failure in what srun printed; tasks that it ended itself come after it."""
+    node = _NODE.search(log)
+    task = next((found for found in _TASK.finditer(log) if not _is_ours(found.group(3))), None)
+    if node is not None and (task is None or node.start() < task.start()):
+        return SrunFailure(host=node.group(1), rank=None, what="Slurm has lost the node")
+    if task is None:
+        return None
+    return SrunFailure(host=task.group(1), rank=int(task.group(2)), what=task.group(3))
+
+
+def _is_ours(what: str) -> bool:
+    """Whether an ending is one that a rank chose itself and wrote a record of, or left well with."""
+    code = re.fullmatch(r"Exited with exit code ([0-9]+)", what)
+    return code is not None and int(code.group(1)) < 128
+
+
+def explain_ending(
+    records: Sequence[Mapping[str, Any]],
+    first: Mapping[int, int],
+    codes: Mapping[int, int],
+    *,
+    asked: Cause | None,
+    srun: SrunFailure | None = None,
+    host: str,
+) -> AttemptEnding:
+    """Say what ended an attempt.
+
+    Args:
+        records: what failing ranks wrote down, the earliest first.
+        first: exit codes when the first failure was seen; under Slurm srun's own, as of rank 0.
+        codes: all exit codes.
+        asked: the reason of the stop request, or None.
+        srun: the first failure that srun told of.
+        host: of local ranks.
+    """
+    # A rank that knows its cause is believed before any signal: those that wait for a failed rank are killed
+    # or lose their connection.
+    known = [record for record in records if record["exit_code"] != exit_codes.EXCEPTION]
+    killed = [] if known else [rank for rank, code in sorted(first.items()) if code > 128]
+    if killed and asked is not None:
+        message = f"asked to stop ({asked}), ended before it could save"
+        return AttemptEnding(cause=asked, message=message, exit_codes=codes)
+    if srun is not None and srun.rank is None:
+        return AttemptEnding(cause=Cause.NODE_FAILED, message=f"{srun.what} {srun.host}", host=srun.host,
+                             exit_codes=codes)  # fmt: skip
+    if killed and srun is not None:
+        message = f"rank {srun.rank} on {srun.host} ended without a word: {srun.what}"
+        return AttemptEnding(cause=Cause.RANK_KILLED, message=message, rank=srun.rank, host=srun.host,
+                             exit_codes=codes)  # fmt: skip
+    if killed:
+        name = signal.Signals(first[killed[0]] - 128).name
+        message = f"rank {killed[0]} was killed by {name}"
+        return AttemptEnding(cause=Cause.RANK_KILLED, message=message, rank=killed[0], host=host, exit_codes=codes)
+    if records:
+        record = (known or records)[0]
+        step = f" after step {record['step']}" if record["step"] is not None else " before the first step"
+        return AttemptEnding(
+            cause=CAUSE_OF_CODE.get(record["exit_code"], Cause.EXCEPTION),
+            message=f"rank {record['rank']} on {record['host']}{step}: {record['error']}: "
+            f"{_in_one_line(record['message'])}",
+            rank=record["rank"],
+            host=record["host"],
+            exit_codes=codes,
+        )
+    if set(codes.values()) == {exit_codes.FINISHED}:
+        return AttemptEnding(cause=Cause.FINISHED, message="all steps are done", exit_codes=codes)
+    if set(codes.values()) == {exit_codes.SAVED_AND_LEFT} and asked is not None:
+        return AttemptEnding(cause=asked, message="saved and left", exit_codes=codes)
+    failed = next((rank for rank, code in sorted(first.items()) if code in CAUSE_OF_CODE and code), None)
+    cause = Cause.EXCEPTION if failed is None else CAUSE_OF_CODE[first[failed]]
+    said = f"; srun said {srun.what!r} of {srun.host}" if srun is not None else ""
+    message = f"ranks ended with {dict(codes)} and left no record{said}"
+    return AttemptEnding(cause=cause, message=message, rank=failed, exit_codes=codes)
+
+
+def _in_one_line(text: str) -> str:
+    """Return an error with its list of problems as one sentence."""
+    first, *rest = (line.strip().removeprefix("- ") for line in text.splitlines() if line.strip())
+    return " ".join([first, "; ".join(rest)]).strip()

@@ -1,0 +1,152 @@
+"""The Slurm job that the supervisor is: its nodes in the order of ranks, and what Slurm thinks of it.
+
+`SLURM_JOB_*` variables are read here and nowhere else in the supervisor. Slurm's answers are facts or
+None: an error, an empty answer and silence all mean "unknown", never "gone". What is said of 22.05 was
+measured (docs/log.md).
+"""
+
+import dataclasses
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from orchestrator.errors import SchedulerError
+from orchestrator.exit_codes import Cause
+from orchestrator.slurm.scheduler import run_command
+
+UNKNOWN_KILL_WAIT_SECONDS = 30.0
+"""Slurm's default for what it leaves between TERM and KILL."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnJob:
+    """What the environment says of the job that this process is in."""
+
+    job_id: str
+    restarts: int
+    """How often Slurm had started the job again when this start of it began."""
+    nodes: tuple[str, ...]
+    """In Slurm's order; the first one is where the supervisor runs."""
+
+    @property
+    def host(self) -> str:
+        """Where the supervisor runs."""
+        return self.nodes[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobFacts:
+    """What slurmctld says of a job."""
+
+    state: str
+    restarts: int
+    may_requeue: bool
+    is_preempted: bool
+    """It runs in the grace that a preemption leaves."""
+
+
+def own_job() -> OwnJob | None:
+    """Return the job that this process is in, or None outside of Slurm."""
+    job_id = os.environ.get("SLURM_JOB_ID")
+    if job_id is None:
+        return None
+    nodes = expand(os.environ["SLURM_JOB_NODELIST"])
+    return OwnJob(job_id=job_id, restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")), nodes=nodes)
+
+
+def expand(nodes: str) -> tuple[str, ...]:
+    """Return the names in a list such as n[001-003]; scontrol does that alone, without slurmctld."""
+    return tuple(run_command(["scontrol", "show", "hostnames", nodes]).split())
+
+
+def job_facts(job_id: str) -> JobFacts | None:
+    """Ask slurmctld about a job; None where it does not answer."""
+    try:
+        text = run_command(["scontrol", "show", "job", "--oneliner", job_id])
+    except SchedulerError:
+        return None
+    return facts_in(text)
+
+
+def facts_in(text: str) -> JobFacts | None:
+    """Read what `scontrol show job` prints."""
+    found = dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", text))
+    if "JobState" not in found:
+        return None
+    return JobFacts(
+        state=found["JobState"],
+        restarts=int(found.get("Restarts", "0")),
+        may_requeue=found.get("Requeue") == "1",
+        is_preempted=found.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"),
+    )
+
+
+def why_terminated(job: OwnJob, facts: JobFacts | None) -> Cause:
+    """Say what a SIGTERM of Slurm means: a cancellation and a requeue look alike to who gets it.
+
+    Slurm counts a requeue, by an administrator or for a preemption, before it sends the signal. Where it
+    cannot be asked the answer is a cancellation, since nobody wants a cancelled run to come back.
+    """
+    if facts is None:
+        return Cause.CANCELLED
+    if facts.restarts > job.restarts or facts.state == "PREEMPTED":
+        return Cause.PREEMPTED
+    if facts.state == "RUNNING" and facts.is_preempted:
+        return Cause.PREEMPTED
+    return Cause.CANCELLED
+
+
+def kill_wait_seconds() -> float:
+    """Return how long Slurm waits between TERM and KILL."""
+    try:
+        found = re.search(r"^KillWait\s*=\s*([0-9]+)", run_command(["scontrol", "show", "config"]), re.MULTILINE)
+    except SchedulerError:
+        found = None
+    return float(found.group(1)) if found is not None else UNKNOWN_KILL_WAIT_SECONDS
+
+
+def switches() -> dict[str, str]:
+    """Return the leaf switch of each node as Slurm's topology has it; empty where it has none."""
+    try:
+        text = run_command(["scontrol", "show", "topology"])
+    except SchedulerError:
+        return {}
+    found: dict[str, str] = {}
+    for name, nodes in re.findall(r"SwitchName=(\S+) Level=0\b.*?\bNodes=(\S+)", text):
+        found |= dict.fromkeys(expand(nodes), name)
+    return found
+
+
+def by_switch(nodes: Sequence[str], leaf: Mapping[str, str]) -> tuple[str, ...]:
+    """Return nodes in the order of ranks: those of one switch side by side, otherwise as Slurm lists them.
+
+    Neighbours in rank are neighbours in data or pipeline parallelism. The node that is first stays first,
+    so that rank 0 is beside the supervisor.
+    """
+    first_seen: dict[str, int] = {}
+    for node in nodes:
+        first_seen.setdefault(leaf.get(node, ""), len(first_seen))
+    return tuple(sorted(nodes, key=lambda node: first_seen[leaf.get(node, "")]))
+
+
+def requeue(job: OwnJob) -> bool:
+    """Have Slurm start this job again; False where the site does not let it.
+
+    Raises:
+        SchedulerError: slurmctld did not answer, so that nothing is known.
+    """
+    facts = job_facts(job.job_id)
+    if facts is None:
+        raise SchedulerError(f"slurmctld does not answer, and job {job.job_id} has to be requeued")
+    if facts.restarts > job.restarts:
+        return True  # it is being started again already
+    if not facts.may_requeue:
+        return False
+    result = subprocess.run(["scontrol", "requeue", job.job_id], capture_output=True, text=True, check=False)
+    return result.returncode == 0
+
+
+def end_job(job: OwnJob) -> None:
+    """Cancel this job, so that Slurm says CANCELLED and starts what is left of it in no case again."""
+    subprocess.run(["scancel", job.job_id], capture_output=True, check=False)

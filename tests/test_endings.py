@@ -1,0 +1,132 @@
+"""What ended the ranks: a table of records, of srun's words, and of exit codes."""
+
+from typing import Any
+
+import pytest
+
+from orchestrator import exit_codes
+from orchestrator.exit_codes import Cause
+from orchestrator.slurm.endings import AttemptEnding, SrunFailure, explain_ending, first_srun_failure
+
+# As srun 22.05 printed it on a Slurm of 4 nodes.
+KILLED = """srun: error: n003: task 2: Killed
+srun: Terminating Job Step 7.1
+slurmstepd-n001: error: *** STEP 7.1 ON n001 CANCELLED AT 2026-11-26T01:12:03 ***
+srun: Job step aborted: Waiting up to 7 seconds for job step to finish.
+srun: error: n001: task 0: Terminated
+srun: error: n002: task 1: Exited with exit code 1
+srun: error: n004: task 3: Killed
+"""
+OWN_CODE_FIRST = """srun: error: n002: task 1: Exited with exit code 72
+srun: Terminating Job Step 7.1
+srun: error: n001: task 0: Killed
+"""
+NODE_LOST = """srun: error: Node failure on n002
+srun: Job step aborted: Waiting up to 7 seconds for job step to finish.
+srun: error: n002: task 1: Killed
+"""
+
+
+def record(rank: int, code: int, time: float = 1.0, step: int | None = 5) -> dict[str, Any]:
+    return {
+        "rank": rank, "host": f"n{rank + 1:03d}", "time": time, "step": step, "exit_code": code,
+        "error": "ValueError", "message": "first\n  - second\n  - third", "traceback": "",
+    }  # fmt: skip
+
+
+def explain(
+    *records: dict[str, Any],
+    codes: dict[int, int],
+    asked: Cause | None = None,
+    srun: str = "",
+) -> AttemptEnding:
+    return explain_ending(records, codes, codes, asked=asked, srun=first_srun_failure(srun), host="here")
+
+
+@pytest.mark.parametrize(
+    ("log", "failure"),
+    [
+        pytest.param("", None, id="nothing"),
+        pytest.param(KILLED, SrunFailure(host="n003", rank=2, what="Killed"), id="the first and not the largest"),
+        pytest.param(OWN_CODE_FIRST, SrunFailure(host="n001", rank=0, what="Killed"), id="own codes have a record"),
+        pytest.param(NODE_LOST, SrunFailure(host="n002", rank=None, what="Slurm has lost the node"), id="a node"),
+        pytest.param("srun: error: n01: tasks 8-15: Out Of Memory\n",
+                     SrunFailure(host="n01", rank=8, what="Out Of Memory"), id="several tasks"),
+    ],
+)  # fmt: skip
+def test_srun_tells_which_failed_first(log: str, failure: SrunFailure | None) -> None:
+    assert first_srun_failure(log) == failure
+
+
+def test_a_killed_rank_is_named_with_its_node_though_sruns_code_is_that_of_another() -> None:
+    ending = explain(record(1, exit_codes.EXCEPTION, time=2.0), codes={0: 143}, srun=KILLED)
+    assert (ending.cause, ending.rank, ending.host) == (Cause.RANK_KILLED, 2, "n003")
+    assert ending.message == "rank 2 on n003 ended without a word: Killed"
+
+
+def test_a_rank_that_knows_its_cause_is_believed_before_the_signal_of_those_that_waited_for_it() -> None:
+    ending = explain(record(1, exit_codes.BAD_CHECKPOINT), codes={0: 137}, srun=OWN_CODE_FIRST)
+    assert (ending.cause, ending.rank) == (Cause.BAD_CHECKPOINT, 1)
+    assert ending.message == "rank 1 on n002 after step 5: ValueError: first second; third"
+
+
+@pytest.mark.parametrize(
+    ("codes", "known", "cause"),
+    [
+        ({0: 137}, exit_codes.DISK_FULL, Cause.DISK_FULL),  # srun's code, of ranks that were killed after it
+        ({0: 74}, exit_codes.DISK_FULL, Cause.DISK_FULL),
+        ({0: 137}, exit_codes.NOT_FINITE, Cause.NOT_FINITE),
+        ({0: 137}, exit_codes.EXCEPTION, Cause.RANK_KILLED),  # a peer that lost its connection
+        ({0: 1}, exit_codes.EXCEPTION, Cause.EXCEPTION),
+    ],
+)
+def test_a_record_counts_more_than_the_largest_exit_code_unless_it_is_of_a_peer(
+    codes: dict[int, int], known: int, cause: Cause
+) -> None:
+    assert explain(record(3, known), codes=codes).cause == cause
+
+
+def test_the_code_when_the_first_failure_was_seen_counts() -> None:
+    codes = {0: exit_codes.EXCEPTION, 1: exit_codes.DISK_FULL}
+    ending = explain_ending([], {1: exit_codes.DISK_FULL}, codes, asked=None, host="here")
+    assert (ending.cause, ending.rank) == (Cause.DISK_FULL, 1)
+    assert "left no record" in ending.message
+
+
+def test_the_earliest_exception_is_told_first() -> None:
+    ending = explain(record(3, 1, time=1.0, step=None), record(0, 1, time=2.0), codes={0: 1, 3: 1})
+    assert (ending.cause, ending.rank) == (Cause.EXCEPTION, 3)
+    assert ending.message.startswith("rank 3 on n004 before the first step: ValueError")
+
+
+def test_a_node_that_slurm_has_lost_is_a_failed_node_and_not_a_killed_rank() -> None:
+    ending = explain(codes={0: 137}, srun=NODE_LOST)
+    assert (ending.cause, ending.host, ending.rank) == (Cause.NODE_FAILED, "n002", None)
+
+
+@pytest.mark.parametrize("asked", [Cause.TIME_LIMIT, Cause.PREEMPTED, Cause.CANCELLED])
+def test_ranks_that_were_asked_to_stop_and_had_no_time_are_no_killed_ranks(asked: Cause) -> None:
+    ending = explain(codes={0: 137}, asked=asked, srun=KILLED)
+    assert (ending.cause, ending.rank) == (asked, None)
+    assert "before it could save" in ending.message
+
+
+@pytest.mark.parametrize(
+    ("codes", "asked", "cause"),
+    [
+        ({0: 0, 1: 0}, None, Cause.FINISHED),
+        ({0: 75, 1: 75}, Cause.PREEMPTED, Cause.PREEMPTED),
+        ({0: 0, 1: 75}, Cause.TIME_LIMIT, Cause.EXCEPTION),
+        ({0: 75}, None, Cause.EXCEPTION),
+        ({0: 0, 1: 74}, None, Cause.DISK_FULL),
+        ({0: 0, 1: 9}, None, Cause.EXCEPTION),
+    ],
+)
+def test_without_records_the_codes_speak(codes: dict[int, int], asked: Cause | None, cause: Cause) -> None:
+    assert explain(codes=codes, asked=asked).cause == cause
+
+
+def test_a_local_rank_is_named_by_its_signal() -> None:
+    ending = explain(codes={0: 1, 1: 137})
+    assert (ending.cause, ending.rank, ending.host) == (Cause.RANK_KILLED, 1, "here")
+    assert "SIGKILL" in ending.message
