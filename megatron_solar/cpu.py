@@ -57,6 +57,15 @@ def _one_group_per_list(new_group: Callable[..., Any]) -> Callable[..., Any]:
     return create
 
 
+def _uncompiled(_: Callable[..., Any]) -> Callable[..., Any]:
+    """Return torch.compile as a decorator that changes nothing."""
+
+    def keep(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+        return function if function is not None else lambda given: given
+
+    return keep
+
+
 PATCHES = (
     Patch(
         name="current_device",
@@ -126,6 +135,13 @@ PATCHES = (
         attribute="new_group",
         replacement=_one_group_per_list,
         reason="not needed, but 193 gloo groups at 32 ranks become 7",
+    ),
+    Patch(
+        name="compile",
+        owner=torch,
+        attribute="compile",
+        replacement=_uncompiled,
+        reason="not needed, but megatron's decorators import inductor: 3 of the 7 s that a rank takes to start",
     ),
 )
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from orchestrator import exit_codes
 from orchestrator.errors import CheckpointError, ConfigError, DataError, DiskFullError, ModelFolderError
 from orchestrator.files import is_full, read_json, write_json
+from orchestrator.packages import package_versions
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.run_directory import FILE_MASK, AttemptDirectory, RunDirectory
 
@@ -68,6 +69,9 @@ def _run_rank(
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
     else:
         torch.cuda.set_device(local_rank % max(1, torch.cuda.device_count()))
+    if rank == 0:
+        versions = {"python": sys.version.split()[0], "packages": package_versions()}
+        write_json(attempt.worker_versions, versions)
     if plan.settings.training.deterministic:
         torch.use_deterministic_algorithms(True)
     with contextlib.ExitStack() as stack:
@@ -94,14 +98,15 @@ def join(attempt: AttemptDirectory, rank: int, world_size: int, backend: str) ->
         store = torch.distributed.TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
         write_json(attempt.rendezvous, {"host": host, "port": store.port})
     else:
-        deadline = time.monotonic() + RENDEZVOUS_SECONDS
+        began = time.monotonic()
         # The folder is read anew, since a network file system remembers for long that a name was not there.
         while attempt.rendezvous.name not in os.listdir(attempt.path):  # noqa: PTH208
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            if waited > RENDEZVOUS_SECONDS:
                 raise TimeoutError(
                     f"rank 0 did not say where it listens within {RENDEZVOUS_SECONDS} s: {attempt.rendezvous}"
                 )
-            time.sleep(0.02)
+            time.sleep(min(0.5, 0.02 + waited / 10))  # hundreds of ranks look
         where = read_json(attempt.rendezvous)
         store = torch.distributed.TCPStore(where["host"], where["port"], world_size, is_master=False, timeout=timeout)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)

@@ -22,12 +22,14 @@ def follow(
     at_poll: Callable[[RunStatus], None] = lambda status: None,
     *,
     interval_seconds: float | None = None,
+    goes_on: bool = True,
 ) -> RunStatus:
     """Follow a run to its end.
 
     Args:
         at_poll: called with each status read.
         interval_seconds: between two looks; by default as often as its scheduler may be asked.
+        goes_on: whether the run outlives a Ctrl-C.
 
     Raises:
         RunError: it failed; the message is the reason.
@@ -52,7 +54,8 @@ def follow(
                 time.sleep(interval_seconds)
         except KeyboardInterrupt:
             progress.stop()
-            notice(f"run {run.name} goes on by itself; end it with `orchestrate cancel {run.name}`")
+            if goes_on:
+                notice(f"run {run.name} goes on by itself; end it with `orchestrate cancel {run.name}`")
             raise
     if status.state == State.FAILED:
         raise RunError(f"run {run.name} failed: {status.reason}; see `orchestrate logs {run.name}`")

@@ -1,7 +1,6 @@
 """With what a run was started: the command, the code that its workers import, the versions of packages."""
 
 import getpass
-import importlib.metadata
 import os
 import platform
 import secrets
@@ -14,19 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import orchestrator
+from orchestrator.packages import package_versions
 from orchestrator.version import VERSION
 
 CODE_PACKAGES = ("orchestrator", "megatron_solar")
-RECORDED_PACKAGES = (
-    "torch",
-    "megatron-core",
-    "transformer-engine",
-    "numpy",
-    "safetensors",
-    "submitit",
-    "mlflow",
-    "omegaconf",
-)
 
 
 def snapshot_code(target: Path) -> list[str]:
@@ -73,11 +63,6 @@ def provenance(command: str, **more: object) -> dict[str, object]:
     }
 
 
-def package_versions() -> dict[str, str | None]:
-    """Return the versions of the packages on which a run's numbers rest, None for one that is not there."""
-    return {name: _version(name) for name in RECORDED_PACKAGES}
-
-
 def upgrades_since(recorded: Mapping[str, object]) -> list[str]:
     """Return 'torch: 2.12.0 -> 2.13.0' for each package, Python and this project, that differs from a record.
 
@@ -101,13 +86,6 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return str(os.getuid())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _tracked(root: Path) -> set[Path] | None:

@@ -6,9 +6,12 @@ Nothing here decides how a run is launched, laid out or kept alive: that is what
 import contextlib
 import dataclasses
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import psutil
 
@@ -95,7 +98,7 @@ def rehearse(
         run = launch(make_plan(settings), command)
         say(f"submitted as job {run.submissions()[-1]['job_id']}")
         watcher = _Watcher(run, slurm, max(1, settings.checkpoint.interval_steps), say)
-        follow(run, watcher.look, interval_seconds=POLL_SECONDS)
+        follow(run, watcher.look, interval_seconds=POLL_SECONDS, goes_on=False)
         deadline = time.monotonic() + TRACKING_SECONDS
         while not is_tracked(run) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
@@ -154,13 +157,22 @@ def _own_sandbox(nodes: int) -> Iterator[sandbox.Sandbox]:
     os.environ.update(slurm.environment())
     for variable in [variable for variable in os.environ if variable.startswith("SLURM_") and variable != "SLURM_CONF"]:
         del os.environ[variable]
+    handlers = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    patience_seconds = 0.0  # what it does is of no more use
     try:
         yield slurm
+        patience_seconds = sandbox.STOP_SECONDS
     finally:
         os.environ.clear()
         os.environ.update(before)
         with contextlib.suppress(SchedulerError):
-            sandbox.stop(name)
+            sandbox.stop(name, patience_seconds=patience_seconds)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def problems_of(done: Rehearsal, *, could_kill: bool) -> list[str]:

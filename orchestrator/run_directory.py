@@ -6,7 +6,8 @@
       resumes/0001/              provenance.json with what changed; config.yaml, plan.json and code/ where they did
       submissions/0001.json      every job submitted
       attempts/0001/             plan.json  job.json  events.jsonl  supervisor.jsonl  stop.json  outcome.json
-                                 rendezvous.json  failures/rank_0003.json  logs/rank_0003.log  checks/
+                                 rendezvous.json  worker_versions.json  checks/
+                                 failures/rank_0003.json  logs/rank_0003.log
       checkpoints/step_0000020.attempt_0001/ ... complete.json, written last
 
 Each file has one writer: the launching or resuming command, the supervisor, or one rank. Standard library only.
@@ -76,6 +77,11 @@ class AttemptDirectory:
     def rendezvous(self) -> Path:
         """Where rank 0 listens, written by rank 0."""
         return self.path / "rendezvous.json"
+
+    @property
+    def worker_versions(self) -> Path:
+        """Python and packages of the ranks, which need not be the supervisor's; written by rank 0."""
+        return self.path / "worker_versions.json"
 
     @property
     def failures(self) -> Path:

@@ -40,9 +40,12 @@ _NODE = re.compile(r"^srun: error: Node failure on (\S+)", re.MULTILINE)
 
 
 def first_srun_failure(log: str) -> SrunFailure | None:
-    """Find the first failure in what srun printed; tasks that it ended itself come after it."""
+    """Find the first failure in what srun printed of which no rank could write a record.
+
+    The log should be of a moment soon after the first failure: KillWait later srun kills the others itself.
+    """
     node = _NODE.search(log)
-    task = next((found for found in _TASK.finditer(log) if not _is_ours(found.group(3))), None)
+    task = next((found for found in _TASK.finditer(log) if not _is_explained(found.group(3))), None)
     if node is not None and (task is None or node.start() < task.start()):
         return SrunFailure(host=node.group(1), rank=None, what="Slurm has lost the node")
     if task is None:
@@ -50,10 +53,10 @@ def first_srun_failure(log: str) -> SrunFailure | None:
     return SrunFailure(host=task.group(1), rank=int(task.group(2)), what=task.group(3))
 
 
-def _is_ours(what: str) -> bool:
-    """Whether an ending is one that a rank chose itself and wrote a record of, or left well with."""
+def _is_explained(what: str) -> bool:
+    """Whether a rank ended with a code of its own, of which there is a record, or by the TERM that srun sends peers."""
     code = re.fullmatch(r"Exited with exit code ([0-9]+)", what)
-    return code is not None and int(code.group(1)) < 128
+    return what == "Terminated" or (code is not None and int(code.group(1)) in (*range(128), 128 + signal.SIGTERM))
 
 
 def explain_ending(

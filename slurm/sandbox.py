@@ -167,8 +167,11 @@ def found(name: str = DEFAULT_NAME) -> Sandbox:
     return sandbox
 
 
-def stop(name: str = DEFAULT_NAME) -> None:
+def stop(name: str = DEFAULT_NAME, *, patience_seconds: float = STOP_SECONDS) -> None:
     """End a sandbox: its jobs, its daemons, its folder.
+
+    Args:
+        patience_seconds: how long its jobs have to end by themselves after they were cancelled.
 
     Raises:
         SchedulerError: there is none of that name.
@@ -176,7 +179,7 @@ def stop(name: str = DEFAULT_NAME) -> None:
     sandbox = found(name)
     with contextlib.suppress(SchedulerError):
         sandbox.ask("scancel", "--user", getpass.getuser())
-        deadline = time.monotonic() + STOP_SECONDS
+        deadline = time.monotonic() + patience_seconds
         while sandbox.ask("squeue", "--noheader").strip() and time.monotonic() < deadline:
             time.sleep(0.1)
     _end(sandbox)

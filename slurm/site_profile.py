@@ -136,6 +136,7 @@ def worker_variables(run: RunDirectory, plan: TrainingPlan) -> dict[str, str]:
         variables |= DETERMINISTIC
     if cluster.device == "cpu":
         variables["OMP_NUM_THREADS"] = "1"  # a process that forks must have no threads
+        variables["TORCH_GLOO_LAZY_INIT"] = "1"  # connections when they are needed, not every rank with every other
     return variables
 
 

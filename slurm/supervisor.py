@@ -37,7 +37,7 @@ from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.recovery import Action, Decision, Ending, decide
 from orchestrator.run_directory import FILE_MASK, AttemptDirectory, RunDirectory
 from orchestrator.slurm.allocation import Allocation, describe
-from orchestrator.slurm.endings import AttemptEnding, explain_ending
+from orchestrator.slurm.endings import AttemptEnding, SrunFailure, explain_ending
 from orchestrator.slurm.job import (
     OwnJob,
     end_job,
@@ -57,6 +57,8 @@ LOCK_STALE_SECONDS = 60.0
 """Age at which the lock of a supervisor on another host is taken over; its owner renews it much more often."""
 PEER_GRACE_SECONDS = 5.0
 """How long ranks have to end by themselves after the first one failed, so that each can say why."""
+FIRST_WORDS_SECONDS = 1.0
+"""After the first failure, in which what srun tells of other ranks is no consequence of it yet."""
 TERM_SECONDS = 5.0
 """How long the TERM of a requeue may take; a job that ends before it is one that has completed."""
 SHIPPER_SECONDS = 120.0
@@ -221,6 +223,7 @@ class Supervisor:
     def _follow(self, attempt: AttemptDirectory, ranks: Ranks, keeper: CheckpointKeeper) -> AttemptEnding:
         """Mark checkpoints, pass stop requests on, and end what a failed rank has left behind."""
         first_failure: tuple[float, dict[int, int]] | None = None
+        srun_failure: SrunFailure | None = None
         codes: dict[int, int] = {}
         asked = False
         while len(codes) < ranks.count:
@@ -236,11 +239,16 @@ class Supervisor:
             if dead is not None:
                 ranks.kill(SRUN_SECONDS_WITHOUT_A_NODE)
                 keeper.look()
+                if self._asked is not None:  # Slurm has ended what was told to save
+                    message = f"asked to stop ({self._asked}), ended before it could save"
+                    return AttemptEnding(cause=self._asked, message=message)
                 return AttemptEnding(cause=Cause.NODE_FAILED, message=f"node {dead[0]}: {dead[1]}", host=dead[0])
             if first_failure is None and (
                 _is_bad(codes) or ranks.srun_failure() is not None or any(attempt.failures.iterdir())
             ):
                 first_failure = (time.monotonic(), codes)
+            if first_failure is not None and time.monotonic() - first_failure[0] < FIRST_WORDS_SECONDS:
+                srun_failure = ranks.srun_failure()
             late = first_failure is not None and time.monotonic() - first_failure[0] > PEER_GRACE_SECONDS
             if late or (self._deadline is not None and time.monotonic() > self._deadline):
                 ranks.kill()
@@ -261,7 +269,7 @@ class Supervisor:
             first_failure[1] if first_failure is not None and is_told else codes,
             codes,
             asked=self._asked,
-            srun=ranks.srun_failure(),
+            srun=srun_failure or (ranks.srun_failure() if first_failure is None else None),
             host=socket.gethostname(),
         )
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from megatron_solar.cpu import PATCHES, cuda_calls_on_cpu
 from tests.conftest import REPOSITORY
 
-# Saves memory and time when many ranks start on one machine; nothing breaks without it.
-CONVENIENCE = {"one_group_per_list"}
+# They save memory and time when many ranks start on one machine; nothing breaks without them.
+CONVENIENCE = {"compile", "one_group_per_list"}
 
 
 def test_the_substitute_leaves_torch_as_it_was() -> None:

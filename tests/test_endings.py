@@ -50,6 +50,8 @@ def explain(
         pytest.param(KILLED, SrunFailure(host="n003", rank=2, what="Killed"), id="the first and not the largest"),
         pytest.param(OWN_CODE_FIRST, SrunFailure(host="n001", rank=0, what="Killed"), id="own codes have a record"),
         pytest.param(NODE_LOST, SrunFailure(host="n002", rank=None, what="Slurm has lost the node"), id="a node"),
+        pytest.param("srun: error: n004: task 74: Exited with exit code 1\nsrun: error: n03: task 60: Exited with exit "
+                     "code 143\nsrun: error: n002: task 1: Terminated\n", None, id="peers that srun ended"),
         pytest.param("srun: error: n01: tasks 8-15: Out Of Memory\n",
                      SrunFailure(host="n01", rank=8, what="Out Of Memory"), id="several tasks"),
     ],

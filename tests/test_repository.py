@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "orchestrator.errors",
         "orchestrator.exit_codes",
         "orchestrator.files",
+        "orchestrator.packages",
         "orchestrator.units",
         "orchestrator.values",
         "orchestrator.version",
