@@ -179,7 +179,7 @@ class Allocation:
         )  # fmt: skip
         step = start_step(
             self._run, self._plan, words, nodes=tested, ranks_per_node=cluster.ranks_per_node,
-            output=f"{folder}/rank_%4t.log", log=folder / "srun.log", kill_on_bad_exit=False,
+            output=f"{folder}/rank_%4t.log", log=folder / "srun.log", outlives_nodes=True,
         )  # fmt: skip
         deadline = time.monotonic() + cluster.checks.seconds + GRACE_SECONDS
         while step.poll() is None and time.monotonic() < deadline and not is_stopped():

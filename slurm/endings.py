@@ -66,29 +66,31 @@ def explain_ending(
     *,
     asked: Cause | None,
     srun: SrunFailure | None = None,
+    is_killed_late: bool = False,
     host: str,
 ) -> AttemptEnding:
     """Say what ended an attempt.
 
     Args:
         records: what failing ranks wrote down, the earliest first.
-        first: exit codes when the first failure was seen; under Slurm srun's own, as of rank 0.
+        first: exit codes when the first failure was seen; under Slurm srun's own, as of rank 0, if it had ended.
         codes: all exit codes.
         asked: the reason of the stop request, or None.
-        srun: the first failure that srun told of.
+        srun: the first failure that srun told of, before anybody killed ranks.
+        is_killed_late: whether ranks that were asked to stop were killed for being late.
         host: of local ranks.
     """
     # A rank that knows its cause is believed before any signal: those that wait for a failed rank are killed
     # or lose their connection.
     known = [record for record in records if record["exit_code"] != exit_codes.EXCEPTION]
     killed = [] if known else [rank for rank, code in sorted(first.items()) if code > 128]
-    if killed and asked is not None:
+    if asked is not None and (killed or is_killed_late or (srun is not None and not known)):
         message = f"asked to stop ({asked}), ended before it could save"
         return AttemptEnding(cause=asked, message=message, exit_codes=codes)
-    if srun is not None and srun.rank is None:
+    if srun is not None and srun.rank is None and not known:
         return AttemptEnding(cause=Cause.NODE_FAILED, message=f"{srun.what} {srun.host}", host=srun.host,
                              exit_codes=codes)  # fmt: skip
-    if killed and srun is not None:
+    if srun is not None and not known:
         message = f"rank {srun.rank} on {srun.host} ended without a word: {srun.what}"
         return AttemptEnding(cause=Cause.RANK_KILLED, message=message, rank=srun.rank, host=srun.host,
                              exit_codes=codes)  # fmt: skip

@@ -44,6 +44,7 @@ class JobFacts:
     may_requeue: bool
     is_preempted: bool
     """It runs in the grace that a preemption leaves."""
+    is_over_time: bool = False
 
 
 def own_job() -> OwnJob | None:
@@ -79,6 +80,7 @@ def facts_in(text: str) -> JobFacts | None:
         restarts=int(found.get("Restarts", "0")),
         may_requeue=found.get("Requeue") == "1",
         is_preempted=found.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"),
+        is_over_time=found["JobState"] == "TIMEOUT" or found.get("Reason") == "TimeLimit",
     )
 
 
@@ -94,6 +96,8 @@ def why_terminated(job: OwnJob, facts: JobFacts | None) -> Cause:
         return Cause.PREEMPTED
     if facts.state == "RUNNING" and facts.is_preempted:
         return Cause.PREEMPTED
+    if facts.is_over_time:
+        return Cause.TIME_LIMIT  # the ranks were slower than the warning
     return Cause.CANCELLED
 
 

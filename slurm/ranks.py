@@ -190,17 +190,16 @@ def start_step(
     ranks_per_node: int,
     output: str,
     log: Path,
-    kill_on_bad_exit: bool = True,
+    outlives_nodes: bool = False,
 ) -> "subprocess.Popen[bytes]":
-    """Start a step of ranks on nodes of the allocation with srun, whose own words go to `log`."""
+    """Start a step of ranks on nodes of the allocation with srun, whose own words go to `log`.
+
+    Args:
+        outlives_nodes: whether Slurm leaves the other ranks alone when it has lost a node.
+    """
     options = srun_options(plan, nodes=nodes, ranks_per_node=ranks_per_node, output=output)
-    if not kill_on_bad_exit:
-        options = [
-            *options,
-            "--kill-on-bad-exit=0",
-            "--wait=0",
-            "--no-kill",
-        ]  # of an option given twice the last counts
+    if outlives_nodes:
+        options.append("--no-kill")
     environment = rank_environment(run, plan)
     environment.pop("SLURM_HOSTFILE", None)  # it would count more than the nodes that were chosen
     with log.open("ab") as stream:

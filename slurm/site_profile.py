@@ -85,7 +85,10 @@ def srun_options(plan: TrainingPlan, *, nodes: Sequence[str], ranks_per_node: in
         f"--ntasks-per-node={ranks_per_node}",
         f"--nodelist={','.join(host_of_rank)}",
         "--distribution=arbitrary",
-        "--kill-on-bad-exit=1",
+        # The supervisor ends what a failed rank leaves behind. srun would as well, also when the first rank has saved
+        # and left with 75 while others still write.
+        "--kill-on-bad-exit=0",
+        "--wait=0",
         "--overlap",  # a step that cannot be cleaned up does not block the next
         "--export=ALL",  # also where the job was submitted with --export=NONE
         f"--output={output}",

@@ -52,13 +52,12 @@ from orchestrator.slurm.submission import code_environment, submit
 
 POLL_SECONDS = 0.05
 LOOK_SECONDS = 1.0
+FAILURE_LOOK_SECONDS = 0.3
 LOCK_RENEWAL_SECONDS = 5.0
 LOCK_STALE_SECONDS = 60.0
 """Age at which the lock of a supervisor on another host is taken over; its owner renews it much more often."""
 PEER_GRACE_SECONDS = 5.0
 """How long ranks have to end by themselves after the first one failed, so that each can say why."""
-FIRST_WORDS_SECONDS = 1.0
-"""After the first failure, in which what srun tells of other ranks is no consequence of it yet."""
 TERM_SECONDS = 5.0
 """How long the TERM of a requeue may take; a job that ends before it is one that has completed."""
 SHIPPER_SECONDS = 120.0
@@ -76,6 +75,7 @@ class Supervisor:
         self._lock = lock
         self._job = job
         self._looked = time.monotonic()
+        self._looked_for_failures = 0.0
         self._plan: TrainingPlan = read_plan(run.plan)
         self._terminated = False
         self._asked: Cause | None = None
@@ -224,6 +224,7 @@ class Supervisor:
         """Mark checkpoints, pass stop requests on, and end what a failed rank has left behind."""
         first_failure: tuple[float, dict[int, int]] | None = None
         srun_failure: SrunFailure | None = None
+        is_killed_late = False
         codes: dict[int, int] = {}
         asked = False
         while len(codes) < ranks.count:
@@ -243,15 +244,18 @@ class Supervisor:
                     message = f"asked to stop ({self._asked}), ended before it could save"
                     return AttemptEnding(cause=self._asked, message=message)
                 return AttemptEnding(cause=Cause.NODE_FAILED, message=f"node {dead[0]}: {dead[1]}", host=dead[0])
-            if first_failure is None and (
-                _is_bad(codes) or ranks.srun_failure() is not None or any(attempt.failures.iterdir())
-            ):
+            if first_failure is None and (_is_bad(codes) or self._is_failure_told(attempt, ranks)):
                 first_failure = (time.monotonic(), codes)
-            if first_failure is not None and time.monotonic() - first_failure[0] < FIRST_WORDS_SECONDS:
-                srun_failure = ranks.srun_failure()
             late = first_failure is not None and time.monotonic() - first_failure[0] > PEER_GRACE_SECONDS
             if late or (self._deadline is not None and time.monotonic() > self._deadline):
+                srun_failure = ranks.srun_failure()  # what it tells from here on is our doing
+                is_killed_late = not late
+                first_failure = first_failure or (time.monotonic(), codes)
                 ranks.kill()
+                codes = ranks.ended()
+                break
+        else:
+            srun_failure = ranks.srun_failure()
         keeper.look()
         deadline = time.monotonic() + VISIBLE_SECONDS
         while set(codes.values()) <= {exit_codes.FINISHED, exit_codes.SAVED_AND_LEFT} and not keeper.is_settled:
@@ -263,15 +267,22 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
             keeper.look()
         records = sorted((read_json(path) for path in attempt.failures.glob("rank_*.json")), key=_time_of)
-        is_told = first_failure is not None and _is_bad(first_failure[1])  # otherwise by a file, before any code
         return explain_ending(
             records,
-            first_failure[1] if first_failure is not None and is_told else codes,
+            codes if first_failure is None else first_failure[1],
             codes,
             asked=self._asked,
-            srun=srun_failure or (ranks.srun_failure() if first_failure is None else None),
+            srun=srun_failure,
+            is_killed_late=is_killed_late,
             host=socket.gethostname(),
         )
+
+    def _is_failure_told(self, attempt: AttemptDirectory, ranks: Ranks) -> bool:
+        """Whether srun or a rank has told of a failure in a file; looked at once in a while, as disks are shared."""
+        if time.monotonic() - self._looked_for_failures < FAILURE_LOOK_SECONDS:
+            return False
+        self._looked_for_failures = time.monotonic()
+        return ranks.srun_failure() is not None or any(attempt.failures.iterdir())
 
     def _look_around(self) -> None:
         """Every second: whether a person has cancelled, though no signal came, and whether the run is still ours.

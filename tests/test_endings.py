@@ -39,8 +39,13 @@ def explain(
     codes: dict[int, int],
     asked: Cause | None = None,
     srun: str = "",
+    first: dict[int, int] | None = None,
+    is_killed_late: bool = False,
 ) -> AttemptEnding:
-    return explain_ending(records, codes, codes, asked=asked, srun=first_srun_failure(srun), host="here")
+    return explain_ending(
+        records, codes if first is None else first, codes, asked=asked, srun=first_srun_failure(srun),
+        is_killed_late=is_killed_late, host="here",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -126,6 +131,22 @@ def test_ranks_that_were_asked_to_stop_and_had_no_time_are_no_killed_ranks(asked
 )
 def test_without_records_the_codes_speak(codes: dict[int, int], asked: Cause | None, cause: Cause) -> None:
     assert explain(codes=codes, asked=asked).cause == cause
+
+
+def test_an_exception_is_not_hidden_by_the_kill_of_those_that_waited_for_it() -> None:
+    ending = explain(record(1, exit_codes.EXCEPTION), first={}, codes={0: 143})
+    assert (ending.cause, ending.rank) == (Cause.EXCEPTION, 1)
+
+
+def test_a_killed_rank_is_named_though_srun_was_ended_by_us() -> None:
+    ending = explain(record(0, exit_codes.EXCEPTION), first={}, codes={0: 143}, srun=KILLED)
+    assert (ending.cause, ending.rank, ending.host) == (Cause.RANK_KILLED, 2, "n003")
+
+
+def test_ranks_that_were_killed_for_being_late_were_asked_to_stop() -> None:
+    ending = explain(first={}, codes={0: 143}, asked=Cause.PREEMPTED, is_killed_late=True)
+    assert ending.cause == Cause.PREEMPTED
+    assert "before it could save" in ending.message
 
 
 def test_a_local_rank_is_named_by_its_signal() -> None:

@@ -14,8 +14,12 @@ REQUEUED = (
 JOB = OwnJob(job_id="2", restarts=0, nodes=("n001", "n002"))
 
 
-def facts(state: str = "COMPLETING", restarts: int = 0, *, is_preempted: bool = False) -> JobFacts:
-    return JobFacts(state=state, restarts=restarts, may_requeue=True, is_preempted=is_preempted)
+def facts(
+    state: str = "COMPLETING", restarts: int = 0, *, is_preempted: bool = False, is_over_time: bool = False
+) -> JobFacts:
+    return JobFacts(
+        state=state, restarts=restarts, may_requeue=True, is_preempted=is_preempted, is_over_time=is_over_time
+    )
 
 
 def test_scontrols_words_are_read() -> None:
@@ -23,6 +27,7 @@ def test_scontrols_words_are_read() -> None:
     assert facts_in(REQUEUED.replace("SuspendTime", "PreemptTime=2026-11-26T01:00:00 SuspendTime")) == facts(
         restarts=1, is_preempted=True
     )
+    assert facts_in(REQUEUED.replace("Reason=None", "Reason=TimeLimit")) == facts(restarts=1, is_over_time=True)
     assert facts_in("slurm_load_jobs error: Invalid job id specified") is None
     assert facts_in("") is None
 
@@ -36,6 +41,7 @@ def test_scontrols_words_are_read() -> None:
         pytest.param(facts("RUNNING", is_preempted=True), Cause.PREEMPTED, id="in the grace of a preemption"),
         pytest.param(facts("CANCELLED", is_preempted=True), Cause.CANCELLED, id="cancelled in that grace"),
         pytest.param(facts("PREEMPTED"), Cause.PREEMPTED, id="preempted"),
+        pytest.param(facts(is_over_time=True), Cause.TIME_LIMIT, id="over time, the ranks were slow"),
         pytest.param(None, Cause.CANCELLED, id="slurmctld does not answer"),
     ],
 )

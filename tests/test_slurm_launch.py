@@ -51,7 +51,7 @@ def start_slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Sandb
 
     yield start
     for name in started:
-        sandbox.stop(name)
+        sandbox.stop(name, patience_seconds=2)  # a dead node's job would not end for long
 
 
 def launch_on(runs: Path, corpus: Path, *overrides: str) -> RunDirectory:

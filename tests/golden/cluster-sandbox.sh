@@ -27,7 +27,8 @@ srun \
     --ntasks-per-node=1 \
     --nodelist=n002,n001 \
     --distribution=arbitrary \
-    --kill-on-bad-exit=1 \
+    --kill-on-bad-exit=0 \
+    --wait=0 \
     --overlap \
     --export=ALL \
     --output=/shared/runs/solar/attempts/0001/logs/rank_%4t.log \
