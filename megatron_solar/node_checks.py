@@ -60,7 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--host", default=os.environ.get("SLURMD_NODENAME") or socket.gethostname())
     options = parser.parse_args(arguments)
     os.umask(FILE_MASK)
-    started = time.monotonic()
+    import torch  # noqa: F401 (not the node's fault where it is missing: the rank ends, and nobody is blamed)
+
     rank, node = options.rank, options.rank // options.ranks_per_node
     matrix_error, tflops = "", 0.0
     try:
@@ -70,6 +71,8 @@ def main(arguments: Sequence[str]) -> int:
         matrix_error = _in_one_line(error)
     groups = []
     meeting = Meeting(options.folder, rank)
+    meeting.wait_for_all(options.nodes * options.ranks_per_node, options.seconds)
+    started = time.monotonic()
     for stage, nodes in enumerate(_groups_of(node, options.nodes)):
         members = [n * options.ranks_per_node + i for n in nodes for i in range(options.ranks_per_node)]
         if len(members) < 2:
@@ -153,6 +156,16 @@ class Meeting:
         self._folder = folder
         self._rank = rank
         self._own_store: torch.distributed.TCPStore | None = None
+
+    def wait_for_all(self, ranks: int, seconds: float) -> None:
+        """Wait until every rank is there, or so long: hundreds import torch from one disk, and some are late."""
+        write_json(self._folder / f"here_{self._rank:04d}.json", {})
+        began = time.monotonic()
+        while sum(name.startswith("here_") for name in os.listdir(self._folder)) < ranks:  # noqa: PTH208
+            waited = time.monotonic() - began
+            if waited > seconds:
+                return
+            time.sleep(min(0.5, 0.02 + waited / 10))
 
     def all_reduce(self, name: str, members: Sequence[int], device: str, deadline: float) -> float:
         """Sum a tensor over some ranks, and return the bus bandwidth in GB/s (2 (n-1)/n of the bytes a second).

@@ -21,6 +21,8 @@ class Cause(StrEnum):
     CANCELLED = "cancelled"
     STOPPED = "stopped"
     RANK_KILLED = "rank_killed"
+    START_FAILED = "start_failed"
+    """srun could not start the ranks."""
     NODE_FAILED = "node_failed"
     NODE_CHECK = "node_check"
     """Too few nodes of the allocation passed their checks."""

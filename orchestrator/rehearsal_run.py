@@ -99,13 +99,13 @@ def rehearse(
         say(f"submitted as job {run.submissions()[-1]['job_id']}")
         watcher = _Watcher(run, slurm, max(1, settings.checkpoint.interval_steps), say)
         follow(run, watcher.look, interval_seconds=POLL_SECONDS, goes_on=False)
-        deadline = time.monotonic() + TRACKING_SECONDS
-        while not is_tracked(run) and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
         return _report(run, inputs_seconds, watcher.peak_memory_bytes, watcher.killed), run
 
 
 def _report(run: RunDirectory, inputs_seconds: float, peak_memory_bytes: int, killed: KilledNode | None) -> Rehearsal:
+    deadline = time.monotonic() + TRACKING_SECONDS
+    while not is_tracked(run) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
     done = rehearsal_of(run, inputs_seconds=inputs_seconds, peak_memory_bytes=peak_memory_bytes, killed=killed)
     write_json(run.path / "rehearsal.json", to_plain(done))
     marks = {f"{killed.node} killed": killed.time} if killed is not None else {}
@@ -132,12 +132,14 @@ class _Watcher:
             self.peak_memory_bytes = max(self.peak_memory_bytes, memory_bytes(self._processes()))
         if self.killed is not None or not self._slurm.own_namespaces or status.step >= status.total_steps:
             return
-        if any(checkpoint.step >= self._save_step for checkpoint in complete_checkpoints(self._run)):
-            node = str(read_json(self._run.attempts()[-1].checks / "choice.json")["nodes"][-1])
-            self.killed = KilledNode(node=node, time=time.time())
+        choice = self._run.attempts()[-1].checks / "choice.json"
+        if choice.exists() and any(c.step >= self._save_step for c in complete_checkpoints(self._run)):
+            node = str(read_json(choice)["nodes"][-1])
+            killed = KilledNode(node=node, time=time.time())
             with contextlib.suppress(SchedulerError):
                 sandbox.kill_node(self._slurm, node)
-            self._say(f"killed node {node} with all that runs on it")
+                self.killed = killed
+                self._say(f"killed node {node} with all that runs on it")
 
     def _processes(self) -> list[psutil.Process]:
         found = []

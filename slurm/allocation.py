@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import RunError
 from orchestrator.files import read_json, write_json
 from orchestrator.plan import TrainingPlan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
@@ -28,8 +29,11 @@ CHECKS_MODULE = "megatron_solar.node_checks"
 LOOK_SECONDS = 0.1
 LEAVE_SECONDS = 3.0
 """For the agents to leave; their srun waits much longer for a node that is dead."""
+START_SECONDS = 300.0
+"""For the ranks of the checks to be imported, or their container unpacked, on the slowest node."""
 GRACE_SECONDS = 15.0
-"""Beyond their own time limit, for ranks that must be imported and ended."""
+"""For them to end when they are told to."""
+TAIL_CHARACTERS = 600
 
 log = logging.getLogger("supervisor")
 
@@ -74,6 +78,11 @@ class Allocation:
             usable = [node for node in suspects if node not in {f.node for f in findings if f.excludes}]
             if usable and not is_stopped():
                 findings += self._findings_of_ranks(attempt, usable, preload, is_stopped)
+        if len(suspects) > 1 and set(suspects) <= {finding.node for finding in findings if finding.excludes}:
+            raise RunError(
+                f"none of {len(suspects)} nodes passed its checks, so that it is hardly the nodes' fault: "
+                f"{findings[-1]}{_said(attempt)}"
+            )
         if not is_stopped():
             self._bad |= {f.node: f"{f.check}: {f.message}" for f in findings if f.excludes}
             self._suspects = set()
@@ -95,11 +104,14 @@ class Allocation:
     def first_dead(self) -> tuple[str, str] | None:
         """Return the first node with ranks from which nothing is heard any more, with why."""
         silent = self._watch.silent() if self._watch is not None else {}
+        self._bad |= silent
         node = next((node for node in self.chosen if node in silent), None)
-        if node is None:
-            return None
-        self._bad[node] = silent[node]
-        return node, silent[node]
+        return None if node is None else (node, silent[node])
+
+    def drop(self, node: str, why: str) -> None:
+        """Start no rank on a node any more in this job."""
+        if node in self._order:
+            self._bad[node] = why
 
     def suspect(self, node: str) -> None:
         """Have a node checked again before ranks start on it."""
@@ -178,10 +190,11 @@ class Allocation:
             ],
         )  # fmt: skip
         step = start_step(
-            self._run, self._plan, words, nodes=tested, ranks_per_node=cluster.ranks_per_node,
-            output=f"{folder}/rank_%4t.log", log=folder / "srun.log", outlives_nodes=True,
+            self._run, self._plan, words, name=f"checks-{attempt.number}", nodes=tested,
+            ranks_per_node=cluster.ranks_per_node, output=f"{folder}/rank_%4t.log", log=folder / "srun.log",
+            outlives_nodes=True,
         )  # fmt: skip
-        deadline = time.monotonic() + cluster.checks.seconds + GRACE_SECONDS
+        deadline = time.monotonic() + START_SECONDS + 2 * cluster.checks.seconds  # they wait for each other, then check
         while step.poll() is None and time.monotonic() < deadline and not is_stopped():
             time.sleep(LOOK_SECONDS)
         if step.poll() is None:
@@ -195,6 +208,17 @@ class Allocation:
         records = [_rank_record(read_json(path)) for path in sorted(folder.glob("rank_*.json"))]
         found = judge_ranks(tested, records, cluster)
         return [finding for finding in found if finding.node in nodes]
+
+
+def _said(attempt: AttemptDirectory) -> str:
+    """Return the end of what the checks' srun and the first rank printed."""
+    logs = [
+        attempt.checks / "agents.log",
+        attempt.checks / "ranks" / "srun.log",
+        attempt.checks / "ranks/rank_0000.log",
+    ]
+    texts = {path: path.read_text(errors="replace").strip()[-TAIL_CHARACTERS:] for path in logs if path.exists()}
+    return "".join(f"; {path.name} ends: {text}" for path, text in texts.items() if text)
 
 
 def _rank_record(plain: dict[str, Any]) -> RankRecord:

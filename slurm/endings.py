@@ -37,6 +37,8 @@ class SrunFailure:
 
 _TASK = re.compile(r"^srun: error: ([^\s:]+): tasks? ([0-9]+)[-,0-9]*: (.+?)\s*$", re.MULTILINE)
 _NODE = re.compile(r"^srun: error: Node failure on (\S+)", re.MULTILINE)
+_LAUNCH = re.compile(r"^srun: error: Task launch for \S+ failed on node ([^\s:]+): (.+?)\s*$", re.MULTILINE)
+_WORDS = re.compile(r"^(?:srun|slurmstepd): (?:error|fatal): (.+?)\s*$|^srun: (unrecognized option .+)$", re.MULTILINE)
 
 
 def first_srun_failure(log: str) -> SrunFailure | None:
@@ -45,12 +47,21 @@ def first_srun_failure(log: str) -> SrunFailure | None:
     The log should be of a moment soon after the first failure: KillWait later srun kills the others itself.
     """
     node = _NODE.search(log)
+    launch = _LAUNCH.search(log)
+    if launch is not None:
+        return SrunFailure(host=launch.group(1), rank=None, what=f"no rank could be started on it: {launch.group(2)}")
     task = next((found for found in _TASK.finditer(log) if not _is_explained(found.group(3))), None)
     if node is not None and (task is None or node.start() < task.start()):
         return SrunFailure(host=node.group(1), rank=None, what="Slurm has lost the node")
     if task is None:
         return None
     return SrunFailure(host=task.group(1), rank=int(task.group(2)), what=task.group(3))
+
+
+def srun_words(log: str) -> str:
+    """Return the first error that srun told of, whatever it is."""
+    found = _WORDS.search(log)
+    return "" if found is None else found.group(1) or found.group(2)
 
 
 def _is_explained(what: str) -> bool:
@@ -66,6 +77,7 @@ def explain_ending(
     *,
     asked: Cause | None,
     srun: SrunFailure | None = None,
+    words: str = "",
     is_killed_late: bool = False,
     host: str,
 ) -> AttemptEnding:
@@ -77,6 +89,7 @@ def explain_ending(
         codes: all exit codes.
         asked: the reason of the stop request, or None.
         srun: the first failure that srun told of, before anybody killed ranks.
+        words: the first error of srun, where ranks are started by it.
         is_killed_late: whether ranks that were asked to stop were killed for being late.
         host: of local ranks.
     """
@@ -84,19 +97,21 @@ def explain_ending(
     # or lose their connection.
     known = [record for record in records if record["exit_code"] != exit_codes.EXCEPTION]
     killed = [] if known else [rank for rank, code in sorted(first.items()) if code > 128]
+    if words and not records and srun is None and asked is None and set(codes.values()) - {exit_codes.FINISHED}:
+        # Also srun's 255 for what it refuses, which is no signal.
+        return AttemptEnding(cause=Cause.START_FAILED, message=f"srun: {words}", exit_codes=codes)
     if asked is not None and (killed or is_killed_late or (srun is not None and not known)):
         message = f"asked to stop ({asked}), ended before it could save"
         return AttemptEnding(cause=asked, message=message, exit_codes=codes)
     if srun is not None and srun.rank is None and not known:
-        return AttemptEnding(cause=Cause.NODE_FAILED, message=f"{srun.what} {srun.host}", host=srun.host,
+        return AttemptEnding(cause=Cause.NODE_FAILED, message=f"node {srun.host}: {srun.what}", host=srun.host,
                              exit_codes=codes)  # fmt: skip
     if srun is not None and not known:
         message = f"rank {srun.rank} on {srun.host} ended without a word: {srun.what}"
         return AttemptEnding(cause=Cause.RANK_KILLED, message=message, rank=srun.rank, host=srun.host,
                              exit_codes=codes)  # fmt: skip
     if killed:
-        name = signal.Signals(first[killed[0]] - 128).name
-        message = f"rank {killed[0]} was killed by {name}"
+        message = f"rank {killed[0]} was killed by {_signal_name(first[killed[0]] - 128)}"
         return AttemptEnding(cause=Cause.RANK_KILLED, message=message, rank=killed[0], host=host, exit_codes=codes)
     if records:
         record = (known or records)[0]
@@ -115,9 +130,15 @@ def explain_ending(
         return AttemptEnding(cause=asked, message="saved and left", exit_codes=codes)
     failed = next((rank for rank, code in sorted(first.items()) if code in CAUSE_OF_CODE and code), None)
     cause = Cause.EXCEPTION if failed is None else CAUSE_OF_CODE[first[failed]]
-    said = f"; srun said {srun.what!r} of {srun.host}" if srun is not None else ""
-    message = f"ranks ended with {dict(codes)} and left no record{said}"
+    message = f"ranks ended with {dict(codes)} and left no record"
     return AttemptEnding(cause=cause, message=message, rank=failed, exit_codes=codes)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _in_one_line(text: str) -> str:

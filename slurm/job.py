@@ -1,14 +1,14 @@
 """The Slurm job that the supervisor is: its nodes in the order of ranks, and what Slurm thinks of it.
 
-`SLURM_JOB_*` variables are read here and nowhere else in the supervisor. Slurm's answers are facts or
+The variables of the job are read here and nowhere else in the supervisor. Slurm's answers are facts or
 None: an error, an empty answer and silence all mean "unknown", never "gone". What is said of 22.05 was
 measured (docs/log.md).
 """
 
+import contextlib
 import dataclasses
 import os
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 
 from orchestrator.errors import SchedulerError
@@ -28,6 +28,8 @@ class OwnJob:
     """How often Slurm had started the job again when this start of it began."""
     nodes: tuple[str, ...]
     """In Slurm's order; the first one is where the supervisor runs."""
+    node_list: str
+    """The same as Slurm writes it: n[001-033]."""
 
     @property
     def host(self) -> str:
@@ -52,8 +54,9 @@ def own_job() -> OwnJob | None:
     job_id = os.environ.get("SLURM_JOB_ID")
     if job_id is None:
         return None
-    nodes = expand(os.environ["SLURM_JOB_NODELIST"])
-    return OwnJob(job_id=job_id, restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")), nodes=nodes)
+    node_list = os.environ["SLURM_JOB_NODELIST"]
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return OwnJob(job_id=job_id, restarts=restarts, nodes=expand(node_list), node_list=node_list)
 
 
 def expand(nodes: str) -> tuple[str, ...]:
@@ -147,10 +150,25 @@ def requeue(job: OwnJob) -> bool:
         return True  # it is being started again already
     if not facts.may_requeue:
         return False
-    result = subprocess.run(["scontrol", "requeue", job.job_id], capture_output=True, text=True, check=False)
-    return result.returncode == 0
+    try:
+        run_command(["scontrol", "requeue", job.job_id])
+    except SchedulerError:
+        if job_facts(job.job_id) is None:
+            raise  # it was no refusal
+        return False
+    return True
+
+
+def end_step(job: OwnJob, name: str) -> None:
+    """Have slurmctld kill a step of this job, and again until it is gone; nothing where it does not answer."""
+    with contextlib.suppress(SchedulerError):
+        listed = run_command(["squeue", "--steps", "--noheader", f"--jobs={job.job_id}", "--format=%i %j"])
+        steps = [line.split()[0] for line in listed.splitlines() if line.split()[1:] == [name]]
+        if steps:
+            run_command(["scancel", "--signal=KILL", *steps])
 
 
 def end_job(job: OwnJob) -> None:
     """Cancel this job, so that Slurm says CANCELLED and starts what is left of it in no case again."""
-    subprocess.run(["scancel", job.job_id], capture_output=True, check=False)
+    with contextlib.suppress(SchedulerError):
+        run_command(["scancel", job.job_id])

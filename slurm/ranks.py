@@ -2,13 +2,14 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ import psutil
 from orchestrator.errors import OrchestrateError
 from orchestrator.plan import TrainingPlan, write_plan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
-from orchestrator.slurm.endings import SrunFailure, first_srun_failure
+from orchestrator.slurm.job import OwnJob, end_step
 from orchestrator.slurm.site_profile import rank_command, srun_options, worker_variables
 from orchestrator.slurm.submission import code_environment
 
@@ -95,9 +96,21 @@ def _sweep() -> None:
 class Ranks:
     """The running ranks of one attempt; under Slurm one srun stands for all of them."""
 
-    def __init__(self, processes: dict[int, subprocess.Popen[bytes]], srun_log: Path | None = None) -> None:
+    def __init__(
+        self,
+        processes: dict[int, subprocess.Popen[bytes]],
+        srun_log: Path | None = None,
+        end_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Stand for processes.
+
+        Args:
+            srun_log: where srun's own words go.
+            end_step: asks Slurm to kill what srun may have left.
+        """
         self._processes = processes
         self._srun_log = srun_log
+        self._end_step = end_step
 
     def ended(self) -> dict[int, int]:
         """Return the exit code of every rank that has ended, 128 + n for signal n."""
@@ -109,11 +122,11 @@ class Ranks:
         """How many processes stand for the ranks."""
         return len(self._processes)
 
-    def srun_failure(self) -> SrunFailure | None:
-        """Return the first failure that srun has told of so far."""
+    def srun_log(self) -> str:
+        """Return what srun has said so far; nothing where the ranks are not started by it."""
         if self._srun_log is None or not self._srun_log.exists():
-            return None
-        return first_srun_failure(self._srun_log.read_text(errors="replace"))
+            return ""
+        return self._srun_log.read_text(errors="replace")
 
     def kill(self, seconds: float = SRUN_SECONDS) -> None:
         """End all of them at once; killing a client kills its rank, and srun ends its step when it is told to.
@@ -125,7 +138,9 @@ class Ranks:
         deadline = time.monotonic() + seconds
         while len(self.ended()) < self.count and time.monotonic() < deadline:
             time.sleep(0.02)
-        self._signal(signal.SIGKILL)
+        if len(self.ended()) < self.count:
+            self._signal(signal.SIGKILL)
+            self._end_step()  # a killed srun ends no step
         for process in self._processes.values():
             process.wait()
 
@@ -142,6 +157,7 @@ def start_ranks(
     plan: TrainingPlan,
     preload: Preload | None,
     nodes: Sequence[str] = (),
+    job: OwnJob | None = None,
 ) -> Ranks:
     """Start every rank of an attempt with this plan, its output in a log of its own.
 
@@ -152,11 +168,12 @@ def start_ranks(
     words = rank_words(run, plan, preload, WORKER, [str(run.path), str(attempt.number)])
     if plan.settings.cluster.scheduler == "slurm":
         output = f"{attempt.logs}/rank_%4t.log"
+        name = f"ranks-{attempt.number}"
         step = start_step(
-            run, plan, words, nodes=nodes, ranks_per_node=plan.settings.cluster.ranks_per_node, output=output,
-            log=attempt.srun_log,
+            run, plan, words, name=name, nodes=nodes, ranks_per_node=plan.settings.cluster.ranks_per_node,
+            output=output, log=attempt.srun_log,
         )  # fmt: skip
-        return Ranks({0: step}, attempt.srun_log)
+        return Ranks({0: step}, attempt.srun_log, lambda: end_step(job, name) if job is not None else None)
     processes = {}
     for rank in range(plan.layout.world_size):
         with attempt.rank_log(rank).open("ab") as log:
@@ -181,11 +198,23 @@ def rank_words(
     return [sys.executable, "-I", "-S", str(client), str(preload.socket), module, *arguments]
 
 
+def srun_line(run: RunDirectory, plan: TrainingPlan) -> str:
+    """Return how ranks will be started, for people: the nodes are known once they have passed their checks."""
+    nodes = [f"node{number}" for number in range(plan.settings.cluster.nodes)]
+    ranks_per_node = plan.settings.cluster.ranks_per_node
+    options = srun_options(plan, nodes=nodes, ranks_per_node=ranks_per_node, output="ATTEMPT/logs/rank_%4t.log")
+    shown = ["--nodelist=NODES" if option.startswith("--nodelist=") else option for option in options]
+    return shlex.join(
+        ["srun", *shown, *rank_command(run, plan, rank_words(run, plan, None, WORKER, [str(run.path), "N"]))]
+    )
+
+
 def start_step(
     run: RunDirectory,
     plan: TrainingPlan,
     words: Sequence[str],
     *,
+    name: str,
     nodes: Sequence[str],
     ranks_per_node: int,
     output: str,
@@ -204,7 +233,7 @@ def start_step(
     environment.pop("SLURM_HOSTFILE", None)  # it would count more than the nodes that were chosen
     with log.open("ab") as stream:
         return subprocess.Popen(
-            ["srun", *options, *rank_command(run, plan, words)],
+            ["srun", f"--job-name={name}", *options, *rank_command(run, plan, words)],
             env=environment,
             cwd=run.path,
             stdin=subprocess.DEVNULL,

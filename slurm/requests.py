@@ -17,6 +17,7 @@ from orchestrator.checks import time_limit_seconds
 from orchestrator.errors import ConfigError, SchedulerError
 from orchestrator.plan import TrainingPlan
 from orchestrator.settings import RANDOM_BASE, ClusterSettings
+from orchestrator.slurm.scheduler import without_job
 
 ANSWER_SECONDS = 20.0
 """Longer than Slurm's commands wait by themselves for a controller that does not answer."""
@@ -164,6 +165,8 @@ def parse_partitions(listed: str) -> list[Partition]:
     found = []
     for line in listed.splitlines():
         name, nodes, processors, resources, longest = line.strip().split("|")
+        if not nodes.isdecimal():  # such as 1K
+            continue
         gpus = re.findall(r"gpu(?::[^:,()]+)?:(\d+)", resources)
         found.append(
             Partition(
@@ -264,7 +267,13 @@ def _ask(command: Sequence[str], given: str | None = None) -> tuple[bool, str]:
     """Run one of Slurm's commands; return whether it succeeded, with its output, or with what it says is wrong."""
     try:
         result = subprocess.run(
-            command, input=given, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False
+            command,
+            input=given,
+            env=without_job(os.environ),
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return False, f"no answer to `{' '.join(command)}` within {ANSWER_SECONDS:.0f} s"

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+from collections.abc import Mapping
 
 import psutil
 
@@ -37,13 +38,17 @@ def why_waiting(run: RunDirectory) -> str:
     """Return why Slurm has not started a run's newest job, and when it expects to; nothing where it does not say."""
     try:
         job = slurm_job(run) if run.submissions()[-1]["scheduler"] == "slurm" else None
-        said = [] if job is None else run_command(["squeue", "--noheader", f"--jobs={job}", "--format=%r %S"]).split()
+        said = (
+            []
+            if job is None
+            else run_command(["squeue", "--noheader", f"--jobs={job}", "--format=%S %r"]).split(maxsplit=1)
+        )
     except SchedulerError:
         return ""
-    if len(said) != 2 or said[0] == "None":
+    if len(said) != 2 or said[1].strip() == "None":
         return ""
-    expected = "" if said[1] in ("N/A", "Unknown") else f", and expects to start it at {said[1]}"
-    return f"Slurm says {said[0]}{expected}"
+    expected = "" if said[0] in ("N/A", "Unknown") else f", and expects to start it at {said[0]}"
+    return f"Slurm says {said[1].strip()}{expected}"
 
 
 def local_process(run: RunDirectory) -> psutil.Process | None:
@@ -136,6 +141,15 @@ def _ask_slurm(run: RunDirectory) -> JobAnswer:
     if states[-1] in _SLURM_PENDING:
         return JobAnswer.PENDING
     return JobAnswer.RUNNING if states[-1] in _SLURM_RUNNING else JobAnswer.GONE
+
+
+def without_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without the variables of a job that this process may be in; sbatch would hand them on."""
+    return {name: value for name, value in environment.items() if name == "SLURM_CONF" or not _is_of_a_job(name)}
+
+
+def _is_of_a_job(name: str) -> bool:
+    return name.startswith(("SLURM_", "SRUN_"))
 
 
 def run_command(command: list[str]) -> str:

@@ -30,7 +30,7 @@ from orchestrator.processes import living_process
 from orchestrator.run_directory import RunDirectory
 from orchestrator.slurm.job import job_facts
 from orchestrator.slurm.requests import check_request
-from orchestrator.slurm.scheduler import find_unrecorded_job
+from orchestrator.slurm.scheduler import find_unrecorded_job, without_job
 from orchestrator.slurm.site_profile import sbatch_options, script_setup
 
 SUPERVISOR = "orchestrator.slurm.supervisor"
@@ -118,7 +118,7 @@ def _submitted(run: RunDirectory, number: int) -> dict[str, Any]:
     """
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "orchestrator.slurm.submission", str(run.path), str(number)],
-        env=code_environment(run),
+        env=without_job(code_environment(run)),
         cwd=run.path,
         start_new_session=True,
         stdout=subprocess.PIPE,

@@ -28,7 +28,7 @@ from orchestrator import exit_codes
 from orchestrator.attempt_record import attempt_record
 from orchestrator.checkpoint_keeper import CheckpointKeeper, mark_left_over
 from orchestrator.checkpoints import VISIBLE_SECONDS, complete_checkpoints, parse_name
-from orchestrator.errors import OrchestrateError, RunError
+from orchestrator.errors import OrchestrateError, RunError, SchedulerError
 from orchestrator.events import CheckpointEvent, StartEvent, StepEvent, read_events
 from orchestrator.exit_codes import Cause
 from orchestrator.files import JsonLines, is_full, read_json, write_atomic, write_json
@@ -37,7 +37,7 @@ from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.recovery import Action, Decision, Ending, decide
 from orchestrator.run_directory import FILE_MASK, AttemptDirectory, RunDirectory
 from orchestrator.slurm.allocation import Allocation, describe
-from orchestrator.slurm.endings import AttemptEnding, SrunFailure, explain_ending
+from orchestrator.slurm.endings import AttemptEnding, explain_ending, first_srun_failure, srun_words
 from orchestrator.slurm.job import (
     OwnJob,
     end_job,
@@ -58,9 +58,18 @@ LOCK_STALE_SECONDS = 60.0
 """Age at which the lock of a supervisor on another host is taken over; its owner renews it much more often."""
 PEER_GRACE_SECONDS = 5.0
 """How long ranks have to end by themselves after the first one failed, so that each can say why."""
+KILL_WAIT_SHARE = 0.8
+"""Of the time between Slurm's TERM and its KILL, how much the ranks may take for their save."""
+REQUEUE_SECONDS = 600.0
+"""How long a slurmctld that does not answer is asked again to start the job anew."""
+RETRY_SECONDS = 10.0
+DISK_SECONDS = 60.0
+"""How long the run's file system may fail before the ranks are given up."""
 TERM_SECONDS = 5.0
 """How long the TERM of a requeue may take; a job that ends before it is one that has completed."""
 SHIPPER_SECONDS = 120.0
+SHIPPER_SECONDS_BEFORE_MORE = 3.0
+"""The same where ranks or a warning's end wait; the next attempt ships the rest."""
 RESERVE_BYTES = 1 << 18
 """Kept on the disk for the outcome of a run that filled it."""
 
@@ -77,7 +86,9 @@ class Supervisor:
         self._looked = time.monotonic()
         self._looked_for_failures = 0.0
         self._plan: TrainingPlan = read_plan(run.plan)
-        self._terminated = False
+        self._terminated: float | None = None
+        """When a SIGTERM was heard that is not answered yet."""
+        self._kill_wait = kill_wait_seconds() if job is not None else 0.0
         self._asked: Cause | None = None
         self._deadline: float | None = None
         self._preload: Preload | None = None
@@ -112,7 +123,7 @@ class Supervisor:
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         """Note a signal; the loop acts on it."""
         if number == signal.SIGTERM:
-            self._terminated = True
+            self._terminated = time.monotonic()
         elif self._asked is None:
             self._ask(Cause.TIME_LIMIT, self._plan.settings.cluster.warning_seconds)
 
@@ -122,14 +133,14 @@ class Supervisor:
         self._deadline = min(self._deadline or math.inf, time.monotonic() + seconds)
 
     def _answer_term(self) -> None:
-        """Find out what a SIGTERM was for; Slurm's own follows with a KILL of its own after some seconds."""
-        self._terminated = False
-        if self._run.cancel_mark.exists():
-            self._ask(Cause.CANCELLED, self._plan.settings.cluster.warning_seconds)
-        elif self._job is None:
-            self._ask(Cause.STOPPED, self._plan.settings.cluster.warning_seconds)
-        else:
-            self._ask(why_terminated(self._job, job_facts(self._job.job_id)), kill_wait_seconds())
+        """Find out what a SIGTERM was for; Slurm's is followed by a KILL, before which the outcome is to be written."""
+        heard, self._terminated = self._terminated or time.monotonic(), None
+        if self._job is None or self._run.cancel_mark.exists():
+            is_cancelled = self._run.cancel_mark.exists()
+            self._ask(Cause.CANCELLED if is_cancelled else Cause.STOPPED, self._plan.settings.cluster.warning_seconds)
+            return
+        why = why_terminated(self._job, job_facts(self._job.job_id))
+        self._ask(why, heard + KILL_WAIT_SHARE * self._kill_wait - time.monotonic())
 
     def _attempt(self) -> Decision:
         attempt = self._run.new_attempt()
@@ -154,6 +165,8 @@ class Supervisor:
         steps = [event.step for _, event in read_events(attempt.events) if isinstance(event, StartEvent | StepEvent)]
         if self._nodes is not None and watched.host is not None:
             self._nodes.suspect(watched.host)
+            if watched.cause == Cause.NODE_FAILED:
+                self._nodes.drop(watched.host, watched.message)
         enough = self._nodes is None or self._nodes.has_enough()
         ending = Ending(cause=watched.cause, saved_step=newest_step(self._run), enough_nodes=enough)
         history = self._history(attempt)
@@ -193,7 +206,8 @@ class Supervisor:
                  decision.action, decision.why)  # fmt: skip
         if decision.action in (Action.FINISH, Action.STOP):
             self._lock.release()  # what follows is tracking alone; a resume need not wait for it
-        self._end_shipper(shipper)
+        is_last = decision.action in (Action.FINISH, Action.STOP)
+        self._end_shipper(shipper, SHIPPER_SECONDS if is_last else SHIPPER_SECONDS_BEFORE_MORE)
         return decision
 
     def _run_ranks(self, attempt: AttemptDirectory, keeper: CheckpointKeeper) -> AttemptEnding:
@@ -209,7 +223,7 @@ class Supervisor:
                     return AttemptEnding(cause=Cause.NODE_CHECK, message=describe(choice))
             if self._is_stopped() and self._asked is not None:
                 return AttemptEnding(cause=self._asked, message="asked to stop before ranks were started")
-            ranks = start_ranks(self._run, attempt, self._plan, self._ready_preload(), nodes)
+            ranks = start_ranks(self._run, attempt, self._plan, self._ready_preload(), nodes, self._job)
             return self._follow(attempt, ranks, keeper)
         except Exception as error:
             log.exception("the supervisor failed")
@@ -223,19 +237,32 @@ class Supervisor:
     def _follow(self, attempt: AttemptDirectory, ranks: Ranks, keeper: CheckpointKeeper) -> AttemptEnding:
         """Mark checkpoints, pass stop requests on, and end what a failed rank has left behind."""
         first_failure: tuple[float, dict[int, int]] | None = None
-        srun_failure: SrunFailure | None = None
+        srun_log = ""
         is_killed_late = False
         codes: dict[int, int] = {}
         asked = False
+        trouble: float | None = None
+        is_told = False
         while len(codes) < ranks.count:
             time.sleep(POLL_SECONDS)
             codes = ranks.ended()
-            keeper.look()
-            self._look_around()
-            if self._asked is not None and not asked:
-                write_json(attempt.stop_request, {"reason": self._asked, "time": time.time()})
-                asked = True
-                log.info("asked the ranks to save and leave: %s", self._asked)
+            try:
+                if (self._terminated is not None or self._asked is not None) and not asked:
+                    # Before Slurm is asked what its TERM meant: that may take as long as there is.
+                    reason = self._asked or Cause.STOPPED
+                    write_json(attempt.stop_request, {"reason": reason, "time": time.time()})
+                    asked = True
+                    log.info("asked the ranks to save and leave: %s", reason)
+                keeper.look()
+                self._look_around()
+                is_told = self._is_failure_told(attempt, ranks)
+                trouble = None
+            except OSError as error:
+                if is_full(error) or (trouble is not None and time.monotonic() - trouble > DISK_SECONDS):
+                    raise
+                if trouble is None:
+                    trouble = time.monotonic()
+                    log.warning("the run's folder cannot be read: %s", error)
             dead = self._nodes.first_dead() if self._nodes is not None else None
             if dead is not None:
                 ranks.kill(SRUN_SECONDS_WITHOUT_A_NODE)
@@ -244,18 +271,18 @@ class Supervisor:
                     message = f"asked to stop ({self._asked}), ended before it could save"
                     return AttemptEnding(cause=self._asked, message=message)
                 return AttemptEnding(cause=Cause.NODE_FAILED, message=f"node {dead[0]}: {dead[1]}", host=dead[0])
-            if first_failure is None and (_is_bad(codes) or self._is_failure_told(attempt, ranks)):
+            if first_failure is None and (_is_bad(codes) or is_told):
                 first_failure = (time.monotonic(), codes)
             late = first_failure is not None and time.monotonic() - first_failure[0] > PEER_GRACE_SECONDS
             if late or (self._deadline is not None and time.monotonic() > self._deadline):
-                srun_failure = ranks.srun_failure()  # what it tells from here on is our doing
+                srun_log = ranks.srun_log()  # what it tells from here on is our doing
                 is_killed_late = not late
                 first_failure = first_failure or (time.monotonic(), codes)
                 ranks.kill()
                 codes = ranks.ended()
                 break
         else:
-            srun_failure = ranks.srun_failure()
+            srun_log = ranks.srun_log()
         keeper.look()
         deadline = time.monotonic() + VISIBLE_SECONDS
         while set(codes.values()) <= {exit_codes.FINISHED, exit_codes.SAVED_AND_LEFT} and not keeper.is_settled:
@@ -272,7 +299,8 @@ class Supervisor:
             codes if first_failure is None else first_failure[1],
             codes,
             asked=self._asked,
-            srun=srun_failure,
+            srun=first_srun_failure(srun_log),
+            words=srun_words(srun_log),
             is_killed_late=is_killed_late,
             host=socket.gethostname(),
         )
@@ -282,7 +310,7 @@ class Supervisor:
         if time.monotonic() - self._looked_for_failures < FAILURE_LOOK_SECONDS:
             return False
         self._looked_for_failures = time.monotonic()
-        return ranks.srun_failure() is not None or any(attempt.failures.iterdir())
+        return first_srun_failure(ranks.srun_log()) is not None or any(attempt.failures.iterdir())
 
     def _look_around(self) -> None:
         """Every second: whether a person has cancelled, though no signal came, and whether the run is still ours.
@@ -290,12 +318,12 @@ class Supervisor:
         Raises:
             RunError: another supervisor has taken the run over.
         """
-        if time.monotonic() - self._looked < LOOK_SECONDS and not self._terminated:
+        if time.monotonic() - self._looked < LOOK_SECONDS and self._terminated is None:
             return
         self._looked = time.monotonic()
         if not self._lock.is_mine():
             raise RunError(f"run {self._run.name} has another supervisor by now")
-        if self._terminated or (self._run.cancel_mark.exists() and self._asked != Cause.CANCELLED):
+        if self._terminated is not None or (self._run.cancel_mark.exists() and self._asked != Cause.CANCELLED):
             self._answer_term()
 
     def _is_stopped(self) -> bool:
@@ -326,7 +354,7 @@ class Supervisor:
             "process": os.getpid(),
             "process_created": psutil.Process().create_time(),
             "host": socket.gethostname(),
-            "nodes": os.environ["SLURM_JOB_NODELIST"] if job else socket.gethostname(),
+            "nodes": job.node_list if job else socket.gethostname(),
             "node_count": len(job.nodes) if job else self._plan.settings.cluster.nodes,
             "started": started,
             "submissions": len(submissions),
@@ -360,10 +388,10 @@ class Supervisor:
                 stderr=output,
             )
 
-    def _end_shipper(self, shipper: "subprocess.Popen[bytes]") -> None:
+    def _end_shipper(self, shipper: "subprocess.Popen[bytes]", seconds: float) -> None:
         """Give the shipper time for the rest; what it leaves is shipped by a later attempt or `orchestrate ui`."""
         try:
-            shipper.wait(SHIPPER_SECONDS)
+            shipper.wait(seconds)
         except subprocess.TimeoutExpired:
             log.warning("tracking is late; the rest is shipped later")
             shipper.kill()
@@ -375,13 +403,26 @@ class Supervisor:
             log.info("cancelled meanwhile; does not go on")
             return
         self._lock.release()  # for the supervisor of the next job
-        if self._job is not None and requeue(self._job):
-            log.info("job %s is started again by Slurm", self._job.job_id)
-            deadline = time.monotonic() + TERM_SECONDS
-            while not self._terminated and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
-            return
-        log.info("goes on as job %s", submit(self._run, by="supervisor"))
+        until = time.monotonic() + REQUEUE_SECONDS
+        while True:
+            try:
+                if self._job is not None and requeue(self._job):
+                    log.info("job %s is started again by Slurm", self._job.job_id)
+                    self._wait_for_term()
+                else:
+                    log.info("goes on as job %s", submit(self._run, by="supervisor"))
+                return
+            except SchedulerError as error:  # a successor that came to be nevertheless leaves for a newer one
+                if time.monotonic() > until or self._run.cancel_mark.exists():
+                    raise
+                log.warning("asks again in %.0f s: %s", RETRY_SECONDS, error)
+                time.sleep(RETRY_SECONDS)
+
+    def _wait_for_term(self) -> None:
+        """Wait for the TERM of a requeue."""
+        deadline = time.monotonic() + TERM_SECONDS
+        while self._terminated is None and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
 
 
 def _is_bad(codes: dict[int, int]) -> bool:
@@ -423,8 +464,9 @@ def main(path: str, number: int) -> int:
     logging.Formatter.converter = time.gmtime
     os.umask(FILE_MASK)
     run = RunDirectory(Path(path))
-    job = own_job()
     try:
+        # A local run that was launched inside somebody's Slurm job has nothing to do with that job.
+        job = own_job() if read_plan(run.plan).settings.cluster.scheduler == "slurm" else None
         settle_submission(run, number, job)
         lock = take_run(run, job)
         threading.Thread(target=keep_renewing, args=(lock,), name="lock", daemon=True).start()

@@ -243,7 +243,9 @@ def test_a_runs_folder_that_cannot_be_made_is_one_error(orchestrate: Command, ho
     (home / "file").write_text("")
     data = (f"data.train={corpus / 'train'}", f"data.validation={corpus / 'validation'}")
     result = orchestrate("launch", "demo-base", *data, f"paths.runs={home / 'file'}")
-    refused(result, 1, str(home / "file"))
+    refused(
+        result, 2, f"paths.runs={home / 'file'} should be a folder to write to", "set paths.runs to a folder of yours"
+    )
 
 
 # Runs in the wrong state.

@@ -6,7 +6,13 @@ import pytest
 
 from orchestrator import exit_codes
 from orchestrator.exit_codes import Cause
-from orchestrator.slurm.endings import AttemptEnding, SrunFailure, explain_ending, first_srun_failure
+from orchestrator.slurm.endings import (
+    AttemptEnding,
+    SrunFailure,
+    explain_ending,
+    first_srun_failure,
+    srun_words,
+)
 
 # As srun 22.05 printed it on a Slurm of 4 nodes.
 KILLED = """srun: error: n003: task 2: Killed
@@ -57,6 +63,9 @@ def explain(
         pytest.param(NODE_LOST, SrunFailure(host="n002", rank=None, what="Slurm has lost the node"), id="a node"),
         pytest.param("srun: error: n004: task 74: Exited with exit code 1\nsrun: error: n03: task 60: Exited with exit "
                      "code 143\nsrun: error: n002: task 1: Terminated\n", None, id="peers that srun ended"),
+        pytest.param("srun: error: Task launch for StepId=7.1 failed on node n002: Invalid job credential\n",
+                     SrunFailure(host="n002", rank=None, what="no rank could be started on it: Invalid job credential"),
+                     id="a start"),
         pytest.param("srun: error: n01: tasks 8-15: Out Of Memory\n",
                      SrunFailure(host="n01", rank=8, what="Out Of Memory"), id="several tasks"),
     ],
@@ -131,6 +140,24 @@ def test_ranks_that_were_asked_to_stop_and_had_no_time_are_no_killed_ranks(asked
 )
 def test_without_records_the_codes_speak(codes: dict[int, int], asked: Cause | None, cause: Cause) -> None:
     assert explain(codes=codes, asked=asked).cause == cause
+
+
+@pytest.mark.parametrize(
+    ("log", "code", "words"),
+    [
+        ("srun: unrecognized option '--container-image=x'\nTry \"srun --help\" for more information\n", 255,
+         "unrecognized option '--container-image=x'"),
+        ("srun: error: Unable to create step for job 7: Unable to contact slurm controller (connect failure)\n", 1,
+         "Unable to create step for job 7: Unable to contact slurm controller (connect failure)"),
+    ],
+)  # fmt: skip
+def test_a_start_that_srun_refuses_is_told_in_its_words(log: str, code: int, words: str) -> None:
+    ending = explain_ending([], {0: code}, {0: code}, asked=None, words=srun_words(log), host="here")
+    assert (ending.cause, ending.message) == (Cause.START_FAILED, f"srun: {words}")
+
+
+def test_a_code_that_is_no_signal_is_told_too() -> None:
+    assert "signal 127" in explain(codes={0: 255}).message
 
 
 def test_an_exception_is_not_hidden_by_the_kill_of_those_that_waited_for_it() -> None:

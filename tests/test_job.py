@@ -11,7 +11,7 @@ REQUEUED = (
     "QOS=(null) JobState=COMPLETING Reason=None Dependency=(null) Requeue=1 Restarts=1 BatchFlag=1 Reboot=0 "
     "ExitCode=0:0 RunTime=00:00:01 TimeLimit=365-00:00:00 TimeMin=N/A SuspendTime=None NodeList=n[001-002] Power="
 )
-JOB = OwnJob(job_id="2", restarts=0, nodes=("n001", "n002"))
+JOB = OwnJob(job_id="2", restarts=0, nodes=("n001", "n002"), node_list="n[001-002]")
 
 
 def facts(

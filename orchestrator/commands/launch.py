@@ -100,10 +100,12 @@ def command(
     if dry_run:
         if plan.settings.cluster.scheduler == "slurm":
             from orchestrator.run_directory import RunDirectory
+            from orchestrator.slurm.ranks import srun_line
             from orchestrator.slurm.submission import sbatch_script
 
             folder = RunDirectory(Path(plan.settings.paths.runs) / plan.settings.name)
             click.echo(f"\nwould be submitted:\n\n{sbatch_script(folder, plan).rstrip()}\n")
+            click.echo(f"once its nodes are checked, that starts the ranks by:\n\n{srun_line(folder, plan)}\n")
         print_next(launch_command(recipe, overrides, nodes, from_checkpoint))
         return
     if plan.settings.cluster.device == "cuda" and not yes:
