@@ -19,7 +19,7 @@ demo: $(SET_UP)  ## set-up, then the whole path on this machine: about 5 minutes
 	@echo
 	@echo "For your own work: $(VENV)/bin/orchestrate --help, or 'source $(VENV)/bin/activate' and then orchestrate."
 
-test: $(SET_UP)  ## set-up, then every test: about 25 minutes on two cores
+test: $(SET_UP)  ## set-up, then every test: about 30 minutes on two cores
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 	@echo
 	@echo "For your own work: $(VENV)/bin/orchestrate --help, or 'source $(VENV)/bin/activate' and then orchestrate."

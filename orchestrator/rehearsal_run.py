@@ -132,9 +132,11 @@ class _Watcher:
             self.peak_memory_bytes = max(self.peak_memory_bytes, memory_bytes(self._processes()))
         if self.killed is not None or not self._slurm.own_namespaces or status.step >= status.total_steps:
             return
-        choice = self._run.attempts()[-1].checks / "choice.json"
-        if choice.exists() and any(c.step >= self._save_step for c in complete_checkpoints(self._run)):
-            node = str(read_json(choice)["nodes"][-1])
+        choices = [attempt.checks / "choice.json" for attempt in self._run.attempts()[-1:]]
+        if any(path.exists() for path in choices) and any(
+            c.step >= self._save_step for c in complete_checkpoints(self._run)
+        ):
+            node = str(read_json(choices[0])["nodes"][-1])
             killed = KilledNode(node=node, time=time.time())
             with contextlib.suppress(SchedulerError):
                 sandbox.kill_node(self._slurm, node)

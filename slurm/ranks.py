@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -140,7 +141,8 @@ class Ranks:
             time.sleep(0.02)
         if len(self.ended()) < self.count:
             self._signal(signal.SIGKILL)
-            self._end_step()  # a killed srun ends no step
+            # A killed srun ends no step. In a thread: slurmctld may take long to answer while a node is dead.
+            threading.Thread(target=self._end_step, name="end step", daemon=True).start()
         for process in self._processes.values():
             process.wait()
 

@@ -270,6 +270,8 @@ def test_what_lies_under_an_exported_folder_is_shared() -> None:
     assert not is_exported(Path("/srv"), "")
 
 
+@needs_slurm
+@pytest.mark.usefixtures("slurm")
 def test_folders_that_other_nodes_would_not_see_are_refused_all_at_once(
     mount_disk: Callable[..., Path], corpus: Path
 ) -> None:

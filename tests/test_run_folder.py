@@ -36,7 +36,7 @@ Start = Callable[..., RunDirectory]
 def supervisor(run: RunDirectory) -> "subprocess.CompletedProcess[str]":
     """Start a supervisor by hand, as a second job would."""
     return subprocess.run(
-        [sys.executable, "-P", "-m", "orchestrator.slurm.supervisor", str(run.path)],
+        [sys.executable, "-P", "-m", "orchestrator.slurm.supervisor", str(run.path), "1"],
         env={**os.environ, "PYTHONPATH": str(run.code), "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,
