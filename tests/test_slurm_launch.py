@@ -4,6 +4,8 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +28,7 @@ from orchestrator.slurm.sandbox import Sandbox
 from orchestrator.slurm.submission import UnknownSubmissionError
 from orchestrator.slurm.supervisor import settle_submission
 from orchestrator.status import read_status
-from tests.conftest import SMALL
+from tests.conftest import REPOSITORY, SMALL
 from tests.launched import step_of, wait_for, wait_to_end
 
 # On a machine of one's own; .ci/run installs both, and counts a skipped test as a failure.
@@ -269,6 +271,27 @@ def test_a_job_of_an_older_submission_leaves_and_changes_nothing(trainer: object
         settle_submission(run, lost, None)
     settle_submission(run, first, None)
     assert run.add_submission({"time": 3.0, "by": "person", "scheduler": "slurm", "job_id": "3"}) == 3
+
+
+def test_a_dry_run_shows_what_would_be_submitted_and_how_the_ranks_start_and_leaves_nothing(
+    start_slurm: Callable[..., Sandbox], tmp_path: Path, corpus: Path
+) -> None:
+    slurm = start_slurm(nodes=3)
+    options = ["--nodes", "2", "--spare-nodes", "1", "--partition", "graceful", "--time", "0:20:00", "--dry-run"]
+    data = [f"data.train={corpus / 'train'}", f"data.validation={corpus / 'validation'}"]
+    shown = subprocess.run(
+        [sys.executable, "-m", "orchestrator.commands.main", "launch", "demo-base", "cluster=sandbox", *SMALL, *data,
+         *options],
+        env={**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}, cwd=tmp_path, capture_output=True,
+        text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert "and 1 spare node that idle" in shown.stdout
+    for line in ("--nodes=2-3", "--partition=graceful", "--time=20", "--no-kill", "--dependency=singleton"):
+        assert f"#SBATCH {line}\n" in shown.stdout
+    assert "srun --nodes=2 --ntasks=2" in shown.stdout
+    assert not (tmp_path / "orchestrate").exists()
+    assert slurm.ask("squeue", "--noheader", "--states=all").strip() == ""
 
 
 def test_all_jobs_of_a_run_have_a_name_that_no_other_run_has(

@@ -51,6 +51,8 @@ def show_plan(plan: "TrainingPlan") -> None:
     place = (
         f"{cluster.nodes} x {cluster.ranks_per_node} = {layout.world_size} {ranks} on {cluster.gpu or cluster.device}"
     )
+    if cluster.spare_nodes:
+        place += f", and {cluster.spare_nodes} spare node{'s' if cluster.spare_nodes > 1 else ''} that idle"
     batch = f"{layout.global_batch_size} sequences of {settings.data.sequence_length}"
     batch += f" = {format_count(plan.tokens_per_step)} tokens a step, {layout.num_microbatches} micro-batches"
     rate = f"{training.learning_rate:g}, {training.decay} to {training.minimum_learning_rate:g}"

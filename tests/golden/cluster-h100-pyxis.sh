@@ -44,7 +44,6 @@ srun \
     HF_HUB_OFFLINE=1 \
     CUDA_DEVICE_MAX_CONNECTIONS=1 \
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
-    NCCL_NVLS_ENABLE=0 \
     /usr/bin/python3 \
     -P \
     -m \
@@ -58,4 +57,3 @@ PYTHONSAFEPATH=1
 HF_HUB_OFFLINE=1
 CUDA_DEVICE_MAX_CONNECTIONS=1
 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-NCCL_NVLS_ENABLE=0
