@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Mapping
 
 import psutil
@@ -15,6 +16,8 @@ from orchestrator.reconcile import JobAnswer
 from orchestrator.run_directory import RunDirectory
 
 ANSWER_SECONDS = 20
+SUBMIT_SECONDS = 120
+"""How long a submission may take; an intent of which nothing was heard for longer came to nothing."""
 _SLURM_PENDING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 _SLURM_RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED")
 
@@ -25,10 +28,12 @@ def ask(run: RunDirectory) -> JobAnswer:
     if not submissions:
         return JobAnswer.GONE
     newest = submissions[-1]
+    if newest["job_id"] is None:
+        answer = _ask_slurm(run) if newest["scheduler"] == "slurm" else JobAnswer.GONE
+        is_being_made = time.time() - float(newest["time"]) < SUBMIT_SECONDS
+        return JobAnswer.PENDING if answer == JobAnswer.GONE and is_being_made else answer
     if newest["scheduler"] == "slurm":
         return _ask_slurm(run)
-    if newest["job_id"] is None:
-        return JobAnswer.GONE  # it was never submitted
     if newest["host"] != socket.gethostname():
         return JobAnswer.SILENT  # processes of another host cannot be seen
     return JobAnswer.RUNNING if local_process(run) is not None else JobAnswer.GONE

@@ -30,11 +30,10 @@ from orchestrator.processes import living_process
 from orchestrator.run_directory import RunDirectory
 from orchestrator.slurm.job import job_facts
 from orchestrator.slurm.requests import check_request
-from orchestrator.slurm.scheduler import find_unrecorded_job, without_job
+from orchestrator.slurm.scheduler import SUBMIT_SECONDS, find_unrecorded_job, without_job
 from orchestrator.slurm.site_profile import sbatch_options, script_setup
 
 SUPERVISOR = "orchestrator.slurm.supervisor"
-SUBMIT_SECONDS = 120
 
 
 def check_scheduler(run: RunDirectory, plan: TrainingPlan) -> None:

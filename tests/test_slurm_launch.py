@@ -26,7 +26,7 @@ from orchestrator.run_directory import RunDirectory
 from orchestrator.slurm import sandbox, submission
 from orchestrator.slurm.sandbox import Sandbox
 from orchestrator.slurm.submission import UnknownSubmissionError
-from orchestrator.slurm.supervisor import settle_submission
+from orchestrator.slurm.take_over import settle_submission
 from orchestrator.status import read_status
 from tests.conftest import REPOSITORY, SMALL
 from tests.launched import step_of, wait_for, wait_to_end
