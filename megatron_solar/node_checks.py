@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_solar.worker import node_name, own_address
 from orchestrator.files import read_json, write_json
 from orchestrator.run_directory import FILE_MASK
 
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS)
     parser.add_argument("--rank", type=int, default=int(os.environ.get("SLURM_PROCID", "0")))
-    parser.add_argument("--host", default=os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    parser.add_argument("--host", default=node_name())
     options = parser.parse_args(arguments)
     os.umask(FILE_MASK)
     import torch  # noqa: F401 (not the node's fault where it is missing: the rank ends, and nobody is blamed)
@@ -211,9 +212,7 @@ class Meeting:
         path = self._folder / f"store_{owner:04d}.json"
         if owner == self._rank:
             if self._own_store is None:
-                from megatron_solar.worker import own_address
-
-                host = "127.0.0.1" if "SLURM_JOB_ID" not in os.environ else own_address()
+                host = own_address()
                 self._own_store = TCPStore(host, 0, None, True, _left(deadline), wait_for_workers=False)
                 _kept.append(self._own_store)
                 write_json(path, {"host": host, "port": self._own_store.port})

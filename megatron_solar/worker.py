@@ -94,7 +94,7 @@ def join(attempt: AttemptDirectory, rank: int, world_size: int, backend: str) ->
 
     timeout = timedelta(seconds=RENDEZVOUS_SECONDS)
     if rank == 0:
-        host = "127.0.0.1" if "SLURM_JOB_ID" not in os.environ else own_address()
+        host = own_address()
         store = torch.distributed.TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
         write_json(attempt.rendezvous, {"host": host, "port": store.port})
     else:
@@ -113,10 +113,12 @@ def join(attempt: AttemptDirectory, rank: int, world_size: int, backend: str) ->
 
 
 def own_address() -> str:
-    """Return the address by which this host reaches the supervisor's, without sending anything.
+    """Return the address by which this host reaches the supervisor's, without sending anything; loopback without Slurm.
 
     Names of nodes may resolve to a loopback address, or not at all; srun tells its own address to every task.
     """
+    if "SLURM_JOB_ID" not in os.environ:
+        return "127.0.0.1"
     known = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "192.0.2.1")  # otherwise an address of documentation
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((known, 9))  # a datagram socket sends nothing here

@@ -158,9 +158,8 @@ def _own_sandbox(nodes: int) -> Iterator[sandbox.Sandbox]:
     name = f"rehearsal-{os.getpid()}"
     slurm = sandbox.start(name, nodes=nodes)
     before = dict(os.environ)
+    os.environ.clear()
     os.environ.update(slurm.environment())
-    for variable in [variable for variable in os.environ if variable.startswith("SLURM_") and variable != "SLURM_CONF"]:
-        del os.environ[variable]
     handlers = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     patience_seconds = 0.0  # what it does is of no more use
     try:

@@ -4,10 +4,8 @@ The first attempt checks every node, spares included. A restart in the same allo
 that gave reason to. A node that died or failed its checks is not taken again in this job.
 """
 
-import contextlib
 import dataclasses
 import logging
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +20,8 @@ from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.slurm.job import OwnJob, by_switch, switches
 from orchestrator.slurm.node_checks import Choice, Finding, RankRecord, choose_nodes, judge, judge_ranks
 from orchestrator.slurm.node_watch import NodeWatch
-from orchestrator.slurm.ranks import Preload, rank_words, start_step
+from orchestrator.slurm.ranks import Preload, Ranks, rank_words, start_srun, start_step
+from orchestrator.slurm.submission import code_environment
 from orchestrator.values import from_plain, to_plain
 
 CHECKS_MODULE = "megatron_solar.node_checks"
@@ -74,7 +73,8 @@ class Allocation:
         elif suspects:
             self._watch.recheck(suspects)
         if cluster.checks.enabled and suspects:
-            findings = self._own_findings(self._watch, suspects, is_stopped)
+            reports = self._watch.wait_for_reports(suspects, cluster.checks.seconds, is_stopped)
+            findings = judge(suspects, reports, cluster)
             usable = [node for node in suspects if node not in {f.node for f in findings if f.excludes}]
             if usable and not is_stopped():
                 findings += self._findings_of_ranks(attempt, usable, preload, is_stopped)
@@ -136,35 +136,12 @@ class Allocation:
     def _start_agents(self, watch: NodeWatch, log_path: Path) -> "subprocess.Popen[bytes]":
         """Start an agent on every node; the step outlives the death of any of them."""
         count = len(self._order)
-        command = [
-            "srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--overlap", "--no-kill",
+        arguments = [
+            f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--overlap", "--no-kill",
             "--kill-on-bad-exit=0", "--wait=0", "--export=ALL", f"--output={log_path}", "--open-mode=append",
             *watch.agent_command(sys.executable),
         ]  # fmt: skip
-        from orchestrator.slurm.submission import code_environment
-
-        with log_path.open("ab") as stream:
-            return subprocess.Popen(
-                command,
-                env={**code_environment(self._run), **watch.agent_environment()},
-                cwd=self._run.path,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                process_group=0,  # as of ranks.start_step
-            )
-
-    def _own_findings(self, watch: NodeWatch, suspects: Sequence[str], is_stopped: Callable[[], bool]) -> list[Finding]:
-        """Wait for what these nodes measure by themselves, and judge it."""
-        cluster = self._plan.settings.cluster
-        deadline = time.monotonic() + cluster.checks.seconds
-        while time.monotonic() < deadline and not is_stopped():
-            reports = watch.wait_for_reports(suspects, LOOK_SECONDS)
-            if len(reports) == len(suspects) and all(
-                report.is_complete or node in watch.silent() for node, report in reports.items()
-            ):
-                break
-        return judge(suspects, watch.wait_for_reports(suspects, 0), cluster)
+        return start_srun(self._run, arguments, {**code_environment(self._run), **watch.agent_environment()}, log_path)
 
     def _findings_of_ranks(
         self,
@@ -197,12 +174,7 @@ class Allocation:
         deadline = time.monotonic() + START_SECONDS + 2 * cluster.checks.seconds  # they wait for each other, then check
         while step.poll() is None and time.monotonic() < deadline and not is_stopped():
             time.sleep(LOOK_SECONDS)
-        if step.poll() is None:
-            step.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                step.wait(GRACE_SECONDS)
-            step.kill()
-            step.wait()
+        Ranks({0: step}, folder / "srun.log").kill(GRACE_SECONDS)
         if is_stopped():
             return []
         records = [_rank_record(read_json(path)) for path in sorted(folder.glob("rank_*.json"))]

@@ -12,13 +12,12 @@ import hmac
 import json
 import logging
 import math
-import os
 import secrets
 import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -135,8 +134,13 @@ class NodeWatch:
             quiet = {node: self._looked - c.heard for node, c in self._connections.items() if not c.ended}
         return closed | {n: f"nothing was heard from it for {s:.0f} s" for n, s in quiet.items() if s > limit}
 
-    def wait_for_reports(self, nodes: Iterable[str], seconds: float) -> dict[str, NodeReport]:
+    def wait_for_reports(
+        self, nodes: Iterable[str], seconds: float, is_stopped: Callable[[], bool] = lambda: False
+    ) -> dict[str, NodeReport]:
         """Wait until all of these nodes have ended their checks, or time is up, or the missing ones are lost.
+
+        Args:
+            is_stopped: whether nobody wants the answer any more.
 
         Returns:
             what they have told by then; a node that never answered is missing.
@@ -148,7 +152,7 @@ class NodeWatch:
             found = {node: report for node, report in self.reports().items() if node in wanted}
             waiting = wanted - {node for node, report in found.items() if report.is_complete} - self.silent().keys()
             left = deadline - time.monotonic()
-            if not waiting or left <= 0:
+            if not waiting or left <= 0 or is_stopped():
                 return found
             with self._changed:
                 self._changed.wait(min(left, LOOK_SECONDS))
@@ -346,7 +350,7 @@ def own_addresses() -> list[str]:
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # a documentation address; a datagram socket sends nothing here
         found.append(str(probe.getsockname()[0]))
-    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    name = node_agent.node_name()
     with contextlib.suppress(OSError):
         found += [address for address in socket.gethostbyname_ex(name)[2] if not address.startswith("127.")]
         found.append(name)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -233,9 +233,17 @@ def start_step(
         options.append("--no-kill")
     environment = rank_environment(run, plan)
     environment.pop("SLURM_HOSTFILE", None)  # it would count more than the nodes that were chosen
+    arguments = [f"--job-name={name}", *options, *rank_command(run, plan, words)]
+    return start_srun(run, arguments, environment, log)
+
+
+def start_srun(
+    run: RunDirectory, arguments: Sequence[str], environment: Mapping[str, str], log: Path
+) -> "subprocess.Popen[bytes]":
+    """Start srun in the run's folder, its own words appended to `log`."""
     with log.open("ab") as stream:
         return subprocess.Popen(
-            ["srun", f"--job-name={name}", *options, *rank_command(run, plan, words)],
+            ["srun", *arguments],
             env=environment,
             cwd=run.path,
             stdin=subprocess.DEVNULL,

@@ -17,10 +17,8 @@ from orchestrator.checks import time_limit_seconds
 from orchestrator.errors import ConfigError, SchedulerError
 from orchestrator.plan import TrainingPlan
 from orchestrator.settings import RANDOM_BASE, ClusterSettings
-from orchestrator.slurm.scheduler import without_job
+from orchestrator.slurm.scheduler import ANSWER_SECONDS, without_job
 
-ANSWER_SECONDS = 20.0
-"""Longer than Slurm's commands wait by themselves for a controller that does not answer."""
 OF_ONE_MACHINE = (
     "btrfs",
     "ext2",

@@ -16,6 +16,7 @@ from orchestrator.reconcile import JobAnswer
 from orchestrator.run_directory import RunDirectory
 
 ANSWER_SECONDS = 20
+"""Longer than Slurm's commands wait by themselves for a controller that does not answer."""
 SUBMIT_SECONDS = 120
 """How long a submission may take; an intent of which nothing was heard for longer came to nothing."""
 _SLURM_PENDING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING", "RESV_DEL_HOLD", "SPECIAL_EXIT")

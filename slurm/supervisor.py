@@ -154,9 +154,9 @@ class Supervisor:
         )
         log.info("attempt %d ended: %s (%s); %s: %s", attempt.number, watched.cause, watched.message,
                  decision.action, decision.why)  # fmt: skip
-        if decision.action in (Action.FINISH, Action.STOP):
-            self._lock.release()  # what follows is tracking alone; a resume need not wait for it
         is_last = decision.action in (Action.FINISH, Action.STOP)
+        if is_last:
+            self._lock.release()  # what follows is tracking alone; a resume need not wait for it
         self._end_shipper(shipper, SHIPPER_SECONDS if is_last else SHIPPER_SECONDS_BEFORE_MORE)
         return decision
 
