@@ -27,6 +27,7 @@ from orchestrator.events import (
     RemovedEvent,
     SaveEvent,
     StartEvent,
+    StepEvent,
     ValidationEvent,
     event_record,
     read_events,
@@ -73,6 +74,8 @@ class CheckpointKeeper:
         self._losses: dict[int, float] = {}
         self._waiting: list[SaveEvent] = []
         self._has_ended = False
+        self.has_stepped = False
+        """Whether the ranks have done a step."""
 
     def look(self) -> None:
         """Read what the ranks have told, and mark what they have put on disk since.
@@ -94,12 +97,19 @@ class CheckpointKeeper:
                     mark_damaged(path, event.problems, event.time)
             elif isinstance(event, SaveEvent):
                 self._waiting.append(event)
+            elif isinstance(event, StepEvent):
+                self.has_stepped = True
             elif isinstance(event, EndEvent):
                 self._has_ended = True
         for save in list(self._waiting):
             if self._mark_if_written(save):
                 self._waiting.remove(save)
                 self._let_go()
+
+    @property
+    def told_bytes(self) -> int:
+        """How much the ranks have told so far."""
+        return self._offset
 
     @property
     def is_settled(self) -> bool:

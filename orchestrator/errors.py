@@ -7,6 +7,7 @@
     ├── ModelFolderError        1   a Hugging Face folder that is none, or of another kind
     ├── CheckpointError         1   missing, incomplete or damaged
     ├── DiskFullError           1   no space, quota or inodes for what has to be written
+    ├── StorageError            1   the file system of a run does not answer
     ├── RunError                1   a run folder: taken, missing, in the wrong state
     ├── SchedulerError          3   Slurm or the local executor refuses or does not answer
     └── TrackingError           3   the tracking store refuses or does not answer
@@ -56,6 +57,10 @@ class CheckpointError(OrchestrateError):
 
 class DiskFullError(OrchestrateError):
     """No space, quota or inodes are left for what has to be written."""
+
+
+class StorageError(OrchestrateError):
+    """The file system of a run's folder fails or does not answer; nothing is wrong with what lies there."""
 
 
 class RunError(OrchestrateError):

@@ -10,6 +10,9 @@ BAD_CHECKPOINT = 72
 NOT_FINITE = 73
 DISK_FULL = 74
 SAVED_AND_LEFT = 75
+HANG = 76
+OUT_OF_MEMORY = 77
+SUPERSEDED = 78
 
 
 class Cause(StrEnum):
@@ -21,6 +24,10 @@ class Cause(StrEnum):
     CANCELLED = "cancelled"
     STOPPED = "stopped"
     RANK_KILLED = "rank_killed"
+    HANG = "hang"
+    """A rank stood still for longer than `patience` allows."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """A rank was killed for its node's memory, or an allocation failed."""
     START_FAILED = "start_failed"
     """srun could not start the ranks."""
     NODE_FAILED = "node_failed"
@@ -32,9 +39,14 @@ class Cause(StrEnum):
     BAD_CONFIG = "bad_config"
     BAD_CHECKPOINT = "bad_checkpoint"
     DISK_FULL = "disk_full"
+    STORAGE = "storage"
+    """The file system of the run's folder stopped answering."""
     SUPERSEDED = "superseded"
     """Another supervisor took the run over."""
+    SUPERVISOR_FAILED = "supervisor_failed"
+    """The supervisor met an error of its own, and wrote it down."""
     SUPERVISOR_LOST = "supervisor_lost"
+    """It was killed, or its node died: nothing was written down."""
 
 
 CAUSE_OF_CODE = {
@@ -45,5 +57,8 @@ CAUSE_OF_CODE = {
     BAD_CHECKPOINT: Cause.BAD_CHECKPOINT,
     NOT_FINITE: Cause.NOT_FINITE,
     DISK_FULL: Cause.DISK_FULL,
+    HANG: Cause.HANG,
+    OUT_OF_MEMORY: Cause.OUT_OF_MEMORY,
+    SUPERSEDED: Cause.SUPERSEDED,
 }
 """SAVED_AND_LEFT is not here: its cause is the reason of the stop request."""

@@ -7,7 +7,7 @@
       submissions/0001.json      every job submitted
       attempts/0001/             plan.json  job.json  events.jsonl  supervisor.jsonl  stop.json  outcome.json
                                  rendezvous.json  worker_versions.json  checks/
-                                 failures/rank_0003.json  logs/rank_0003.log
+                                 failures/rank_0003.json  logs/rank_0003.log  stacks/rank_0003.txt
       checkpoints/step_0000020.attempt_0001/ ... complete.json, written last
 
 Each file has one writer: the launching or resuming command, the supervisor, or one rank. Standard library only.
@@ -87,6 +87,11 @@ class AttemptDirectory:
     def failures(self) -> Path:
         """A file for each rank that failed, written by that rank."""
         return self.path / "failures"
+
+    @property
+    def stacks(self) -> Path:
+        """A file for each rank that hung, with the stacks of its threads; made by the first of them."""
+        return self.path / "stacks"
 
     @property
     def logs(self) -> Path:

@@ -107,6 +107,24 @@ class CheckpointSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PatienceSettings:
+    """How long a phase may last before the run counts as hung; a hung rank leaves its stacks and is started again.
+
+    A limit should be several times what the phase takes: a run that is only slow must not be ended for it.
+    """
+
+    start_seconds: Free[float] = 1800
+    """Until the first step of an attempt is done: imports, rendezvous, loading, what is compiled."""
+    step_seconds: Free[float] = 600
+    """Of a step after the first."""
+    validation_seconds: Free[float] = 1800
+    save_seconds: Free[float] = 1800
+    """Of a save until a rank's part is on disk, also while training goes on."""
+    storage_seconds: Free[float] = 120
+    """How long the run's folder may fail or not answer before the ranks are given up."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SlurmSettings:
     """What a site asks of a job beyond partition, account and time; each is left to Slurm where it is not set."""
 
@@ -247,5 +265,8 @@ class RunSettings:
     cluster: ClusterSettings
     tracking: TrackingSettings = TrackingSettings()
     paths: PathSettings = PathSettings()
+    patience: PatienceSettings = PatienceSettings()
     max_restarts_without_progress: Free[int] = 2
-    """Attempts in a row that saved nothing new after which the run stops."""
+    """Failures in a row that saved nothing new after which the run stops; preemptions are not counted here."""
+    max_preemptions_without_progress: Free[int] = 10
+    """Preemptions, and jobs with too few healthy nodes, in a row that saved nothing new after which it stops."""

@@ -9,7 +9,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from orchestrator.files import read_json, write_json
 from orchestrator.plan import TrainingPlan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.slurm.job import OwnJob, by_switch, switches
+from orchestrator.slurm.memory import killed_since
 from orchestrator.slurm.node_checks import Choice, Finding, RankRecord, choose_nodes, judge, judge_ranks
 from orchestrator.slurm.node_watch import NodeWatch
 from orchestrator.slurm.ranks import Preload, Ranks, rank_words, start_srun, start_step
@@ -33,6 +34,8 @@ START_SECONDS = 300.0
 GRACE_SECONDS = 15.0
 """For them to end when they are told to."""
 TAIL_CHARACTERS = 600
+BEAT_SECONDS = 1.5
+"""Within which an agent that lives has told again what it knows."""
 
 log = logging.getLogger("supervisor")
 
@@ -40,11 +43,19 @@ log = logging.getLogger("supervisor")
 class Allocation:
     """What the supervisor knows of its job's nodes; `close` ends the agents."""
 
-    def __init__(self, run: RunDirectory, plan: TrainingPlan, job: OwnJob) -> None:
+    def __init__(self, run: RunDirectory, plan: TrainingPlan, job: OwnJob, avoided: Collection[str] = ()) -> None:
+        """Know the nodes of a job.
+
+        Args:
+            avoided: nodes that were bad in an earlier job and should not be in this one; used if there is no other.
+        """
         self._run = run
         self._plan = plan
         self._order = by_switch(job.nodes, switches())
-        self._bad: dict[str, str] = {}
+        again = [node for node in self._order if node in avoided]
+        is_enough = len(self._order) - len(again) >= plan.settings.cluster.nodes
+        self._bad: dict[str, str] = dict.fromkeys(again, "it was bad in an earlier job") if is_enough else {}
+        self._oom_kills: dict[str, int] = {}
         self._suspects: set[str] = set(job.nodes)
         self._watch: NodeWatch | None = None
         self._agents: subprocess.Popen[bytes] | None = None
@@ -107,6 +118,20 @@ class Allocation:
         self._bad |= silent
         node = next((node for node in self.chosen if node in silent), None)
         return None if node is None else (node, silent[node])
+
+    @property
+    def bad(self) -> dict[str, str]:
+        """The nodes on which no rank is started any more in this job, with why."""
+        return dict(self._bad)
+
+    def count_oom_kills(self) -> None:
+        """Note how many processes each node has killed for memory so far."""
+        self._oom_kills = self._watch.oom_kills() if self._watch is not None else {}
+
+    def killed_for_memory(self) -> dict[str, str]:
+        """Return the nodes that have killed for memory since that was noted, in words; waits for their next beat."""
+        time.sleep(BEAT_SECONDS)
+        return killed_since(self._oom_kills, self._watch.oom_kills() if self._watch is not None else {})
 
     def drop(self, node: str, why: str) -> None:
         """Start no rank on a node any more in this job."""

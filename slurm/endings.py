@@ -8,6 +8,7 @@ import dataclasses
 import re
 import signal
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from orchestrator import exit_codes
@@ -38,6 +39,11 @@ class SrunFailure:
 _TASK = re.compile(r"^srun: error: ([^\s:]+): tasks? ([0-9]+)[-,0-9]*: (.+?)\s*$", re.MULTILINE)
 _NODE = re.compile(r"^srun: error: Node failure on (\S+)", re.MULTILINE)
 _LAUNCH = re.compile(r"^srun: error: Task launch for \S+ failed on node ([^\s:]+): (.+?)\s*$", re.MULTILINE)
+_OUT_OF_MEMORY = re.compile(
+    r"^(?:srun|slurmstepd\S*): error: .*?((?:Detected \d+ )?oom[-_ ]kill.*?|Out Of Memory)\s*$",
+    re.MULTILINE | re.IGNORECASE,
+)
+_PHASES = {"start": "its start", "step": "a step", "validation": "a validation", "save": "a save"}
 _WORDS = re.compile(r"^(?:srun|slurmstepd): (?:error|fatal): (.+?)\s*$|^srun: (unrecognized option .+)$", re.MULTILINE)
 
 
@@ -55,7 +61,10 @@ def first_srun_failure(log: str) -> SrunFailure | None:
         return SrunFailure(host=node.group(1), rank=None, what="Slurm has lost the node")
     if task is None:
         return None
-    return SrunFailure(host=task.group(1), rank=int(task.group(2)), what=task.group(3))
+    what, memory = task.group(3), _OUT_OF_MEMORY.search(log)
+    if what == "Killed" and memory is not None:  # who was killed and why stand in two lines
+        what = f"{what}: {memory.group(1)}"
+    return SrunFailure(host=task.group(1), rank=int(task.group(2)), what=what)
 
 
 def srun_words(log: str) -> str:
@@ -80,6 +89,9 @@ def explain_ending(
     words: str = "",
     is_killed_late: bool = False,
     host: str,
+    world_size: int = 1,
+    ranks_on: Sequence[str] = (),
+    killed_for_memory: Mapping[str, str] = MappingProxyType({}),
 ) -> AttemptEnding:
     """Say what ended an attempt.
 
@@ -92,10 +104,15 @@ def explain_ending(
         words: the first error of srun, where ranks are started by it.
         is_killed_late: whether ranks that were asked to stop were killed for being late.
         host: of local ranks.
+        world_size: how many ranks there were; of those that hang some may tell nothing.
+        ranks_on: nodes in the order of ranks; nothing for local ranks.
+        killed_for_memory: in words by node, where processes were killed for their memory.
     """
     # A rank that knows its cause is believed before any signal: those that wait for a failed rank are killed
-    # or lose their connection.
-    known = [record for record in records if record["exit_code"] != exit_codes.EXCEPTION]
+    # or lose their connection, or tell that they have waited for too long.
+    hung = [record for record in records if record["exit_code"] == exit_codes.HANG]
+    known = [record for record in records if record["exit_code"] not in (exit_codes.EXCEPTION, exit_codes.HANG)]
+    known += [record for record in hung if not _waits(record)]
     killed = [] if known else [rank for rank, code in sorted(first.items()) if code > 128]
     if words and not records and srun is None and asked is None and set(codes.values()) - {exit_codes.FINISHED}:
         # Also srun's 255 for what it refuses, which is no signal.
@@ -103,6 +120,10 @@ def explain_ending(
     if asked is not None and (killed or is_killed_late or (srun is not None and not known)):
         message = f"asked to stop ({asked}), ended before it could save"
         return AttemptEnding(cause=asked, message=message, exit_codes=codes)
+    if not known:
+        ending = _killed_for_memory(first, srun, host, killed_for_memory)
+        if ending is not None:
+            return dataclasses.replace(ending, exit_codes=codes)
     if srun is not None and srun.rank is None and not known:
         return AttemptEnding(cause=Cause.NODE_FAILED, message=f"node {srun.host}: {srun.what}", host=srun.host,
                              exit_codes=codes)  # fmt: skip
@@ -113,6 +134,14 @@ def explain_ending(
     if killed:
         message = f"rank {killed[0]} was killed by {_signal_name(first[killed[0]] - 128)}"
         return AttemptEnding(cause=Cause.RANK_KILLED, message=message, rank=killed[0], host=host, exit_codes=codes)
+    if hung and (not known or known[0] in hung):
+        told = {int(record["rank"]) for record in records}
+        if not ranks_on:  # srun's code tells of no single rank
+            told |= {rank for rank, code in codes.items() if code in (exit_codes.FINISHED, exit_codes.SAVED_AND_LEFT)}
+        nodes = ranks_on or [host]
+        silent = {rank: nodes[rank * len(nodes) // world_size] for rank in range(world_size) if rank not in told}
+        ending = _hang(hung, silent)
+        return dataclasses.replace(ending, exit_codes=codes)
     if records:
         record = (known or records)[0]
         step = f" after step {record['step']}" if record["step"] is not None else " before the first step"
@@ -132,6 +161,66 @@ def explain_ending(
     cause = Cause.EXCEPTION if failed is None else CAUSE_OF_CODE[first[failed]]
     message = f"ranks ended with {dict(codes)} and left no record"
     return AttemptEnding(cause=cause, message=message, rank=failed, exit_codes=codes)
+
+
+def _waits(record: Mapping[str, Any]) -> bool:
+    return bool(record["stands"]["waits_for_others"])
+
+
+def _hang(hung: Sequence[Mapping[str, Any]], silent: Mapping[int, str]) -> AttemptEnding:
+    """Say which rank hung: the first that waited for no other, or one that told nothing while all others waited.
+
+    Args:
+        silent: the ranks that told nothing, each with its node.
+    """
+    waiting = [record for record in hung if _waits(record)]
+    culprit = next((record for record in hung if not _waits(record)), None)
+    if culprit is None and silent:
+        rank, node = next(iter(silent.items()))
+        message = (
+            f"rank {rank} on {node} told nothing while {_count(len(waiting), 'rank')} waited{_where(waiting[0])}: it is "
+            "stopped, or stuck in native code or in the kernel; its log may hold its stacks"
+        )
+        if len(silent) > 1:
+            message += f"; {_count(len(silent) - 1, 'other rank')} told nothing either"
+        return AttemptEnding(cause=Cause.HANG, message=message, rank=rank, host=node)
+    record = culprit or hung[0]
+    message = f"rank {record['rank']} on {record['host']} stood{_where(record)}: {record['stands']['at']}"
+    if culprit is None:
+        message += "; every rank waits for others"
+    elif waiting:
+        message += f"; {_count(len(waiting), 'rank')} waited for it"
+    return AttemptEnding(cause=Cause.HANG, message=message, rank=record["rank"], host=record["host"])
+
+
+def _where(record: Mapping[str, Any]) -> str:
+    stands, step = record["stands"], record["step"]
+    phase = str(stands["phase"])
+    after = "" if step is None else f" after step {step}" if phase == "step" else f" (step {step})"
+    return f" for {stands['seconds']:.0f} s in {_PHASES.get(phase, phase)}{after}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _killed_for_memory(
+    first: Mapping[int, int], srun: SrunFailure | None, host: str, by_node: Mapping[str, str]
+) -> AttemptEnding | None:
+    """Return the ending where a rank was killed and memory was the reason, as its node or srun says."""
+    is_said = False
+    if srun is None:
+        rank = next((rank for rank, code in sorted(first.items()) if code == 128 + signal.SIGKILL), None)
+        node, is_killed = host, rank is not None
+    else:
+        rank, node = srun.rank, srun.host
+        is_killed = srun.what.startswith("Killed") or srun.what == f"Exited with exit code {128 + signal.SIGKILL}"
+        is_said = re.search("out of memory|oom", srun.what, re.IGNORECASE) is not None
+    if rank is None or not (is_said or (is_killed and node in by_node)):
+        return None
+    why = by_node.get(node, f"srun: {srun.what}" if srun is not None else "")
+    message = f"rank {rank} on {node} was killed for memory: {why}"
+    return AttemptEnding(cause=Cause.OUT_OF_MEMORY, message=message, rank=rank, host=node)
 
 
 def _signal_name(number: int) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 
 from orchestrator.errors import SchedulerError
@@ -17,6 +18,7 @@ from orchestrator.slurm.scheduler import run_command
 
 UNKNOWN_KILL_WAIT_SECONDS = 30.0
 """Slurm's default for what it leaves between TERM and KILL."""
+RETRY_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,9 @@ class JobFacts:
     is_preempted: bool
     """It runs in the grace that a preemption leaves."""
     is_over_time: bool = False
+    partition: str = ""
+    excluded: str = ""
+    """The nodes that it must not get, as Slurm writes them."""
 
 
 def own_job() -> OwnJob | None:
@@ -84,6 +89,8 @@ def facts_in(text: str) -> JobFacts | None:
         may_requeue=found.get("Requeue") == "1",
         is_preempted=found.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"),
         is_over_time=found["JobState"] == "TIMEOUT" or found.get("Reason") == "TimeLimit",
+        partition=found.get("Partition", ""),
+        excluded=found.get("ExcNodeList", "").replace("(null)", ""),
     )
 
 
@@ -157,6 +164,71 @@ def requeue(job: OwnJob) -> bool:
             raise  # it was no refusal
         return False
     return True
+
+
+def exclude_nodes(job: OwnJob, nodes: Sequence[str], seconds: float) -> tuple[str, ...]:
+    """Keep a job that is being requeued off these nodes, beside those that it must not get already.
+
+    Slurm changes the list of a pending job only, so that it is asked again while the job completes.
+
+    Returns:
+        all nodes that it must not get, as Slurm has them then.
+
+    Raises:
+        SchedulerError: it was not done within so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        facts = job_facts(job.job_id)
+        excluded = expand(facts.excluded) if facts is not None and facts.excluded else ()
+        if facts is not None and set(nodes) <= set(excluded):
+            return excluded
+        refusal = "it did not answer"
+        if facts is not None:
+            try:
+                everything = ",".join(sorted({*excluded, *nodes}))
+                run_command(["scontrol", "update", f"jobid={job.job_id}", f"ExcNodeList={everything}"])
+                continue
+            except SchedulerError as error:
+                refusal = str(error)
+        if time.monotonic() > deadline:
+            raise SchedulerError(f"Slurm does not exclude {', '.join(nodes)} from job {job.job_id}: {refusal}")
+        time.sleep(RETRY_SECONDS)
+
+
+def nodes_of_partition(partition: str) -> tuple[str, ...]:
+    """Return all nodes of a partition, also those that are down.
+
+    Raises:
+        SchedulerError: slurmctld did not answer.
+    """
+    command = ["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N"]
+    return tuple(dict.fromkeys(run_command(command).split()))
+
+
+def record_of(job_id: str) -> str:
+    """Return what Slurm's record says of a job's end, for people; nothing where it does not say."""
+    try:
+        text = run_command(["scontrol", "show", "job", "--oneliner", job_id])
+    except SchedulerError:
+        return ""
+    found = dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", text))
+    names = ("JobState", "Reason", "Restarts", "ExitCode", "EndTime")
+    return f"job {job_id}: " + " ".join(f"{name}={found[name]}" for name in names if name in found)
+
+
+def record_of_node(node: str) -> tuple[bool, str]:
+    """Return whether Slurm has lost a node, and what it says of it, for people; nothing where it does not say."""
+    try:
+        text = run_command(["scontrol", "show", "node", "--oneliner", node])
+    except SchedulerError:
+        return False, ""
+    state = re.search(r"\bState=(\S+)", text)
+    reason = re.search(r"\bReason=(.+?)\s*$", text)
+    if state is None:
+        return False, ""
+    is_lost = re.search(r"DOWN|FAIL|NOT_RESPONDING|\*", state[1]) is not None
+    return is_lost, f"node {node}: State={state[1]}" + (f" Reason={reason[1]}" if reason else "")
 
 
 def end_step(job: OwnJob, name: str) -> None:

@@ -158,6 +158,15 @@ GPU_CHECKS = (gpu_count, gpu_memory, gpu_clock, gpu_throttled, ecc_errors, row_r
 CHECKS = (*GPU_CHECKS, infiniband, temporary_disk, shared_memory, run_disk, run_folder)
 
 
+def oom_kills(path: Path = Path("/proc/vmstat")) -> int | None:
+    """Return how many processes the kernel has killed for memory since it booted, also within cgroups; None unknown."""
+    try:
+        found = re.search(r"^oom_kill (\d+)$", path.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else int(found[1])
+
+
 def nvidia_smi(query: str) -> list[list[str]]:
     """Return a query's rows, one a GPU.
 
@@ -275,7 +284,7 @@ class Agent:
         beat = time.monotonic()
         while True:
             if time.monotonic() >= beat:
-                self._send({"beat": True})
+                self._send({"beat": True, "oom_kills": oom_kills()})
                 beat = time.monotonic() + BEAT_SECONDS
             self._give_up()
             while b"\n" in self._buffer:

@@ -61,6 +61,8 @@ class _Connection:
     skew: float = 0.0
     ended: str = ""
     """Why the connection is no more."""
+    oom_kills: int | None = None
+    """Of its kernel, by its newest beat."""
 
 
 class NodeWatch:
@@ -133,6 +135,11 @@ class NodeWatch:
             closed = {node: c.ended for node, c in self._connections.items() if c.ended}
             quiet = {node: self._looked - c.heard for node, c in self._connections.items() if not c.ended}
         return closed | {n: f"nothing was heard from it for {s:.0f} s" for n, s in quiet.items() if s > limit}
+
+    def oom_kills(self) -> dict[str, int]:
+        """Return how many processes each node's kernel has killed for memory since it booted, where it says so."""
+        with self._lock:
+            return {node: c.oom_kills for node, c in self._connections.items() if c.oom_kills is not None}
 
     def wait_for_reports(
         self, nodes: Iterable[str], seconds: float, is_stopped: Callable[[], bool] = lambda: False
@@ -232,6 +239,9 @@ class NodeWatch:
         """Take one line in; what does not fit raises, and ends the connection."""
         if not connection.node:
             self._welcome(connection, message)
+        elif "beat" in message:
+            kills = message.get("oom_kills")
+            connection.oom_kills = None if kills is None else int(kills)
         elif "pong" in message:
             self._take_time(connection, float(message["time"]))
         elif "check" in message and message["round"] == connection.round:

@@ -25,8 +25,12 @@ DETERMINISTIC = {
 """For training.deterministic; never seen on a GPU."""
 
 
-def sbatch_options(plan: TrainingPlan, job_name: str) -> dict[str, object]:
-    """Return the options of sbatch by their long names, with _ for -; True stands for one without a value."""
+def sbatch_options(plan: TrainingPlan, job_name: str, bad_nodes: Sequence[str] = ()) -> dict[str, object]:
+    """Return the options of sbatch by their long names, with _ for -; True stands for one without a value.
+
+    Args:
+        bad_nodes: of the run's earlier jobs; left out beside the site's own.
+    """
     cluster = plan.settings.cluster
     slurm = cluster.slurm
     most = cluster.nodes + cluster.spare_nodes
@@ -49,7 +53,7 @@ def sbatch_options(plan: TrainingPlan, job_name: str) -> dict[str, object]:
         "qos": slurm.qos,
         "reservation": slurm.reservation,
         "constraint": slurm.constraint,
-        "exclude": ",".join(slurm.exclude),
+        "exclude": ",".join(dict.fromkeys([*slurm.exclude, *bad_nodes])),
         "switches": slurm.switches,
         "mem": slurm.memory,
     }

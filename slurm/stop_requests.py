@@ -25,6 +25,8 @@ class StopRequests:
         self._kill_wait_seconds = kill_wait_seconds() if job is not None else 0.0
         self._heard_term: float | None = None
         self._looked = time.monotonic()
+        self.heard: list[str] = []
+        """Signals with their times, and what they were for, in words."""
         self.asked: Cause | None = None
         """Why the ranks are to stop, once that is known."""
         self.deadline: float | None = None
@@ -58,6 +60,7 @@ class StopRequests:
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         """Note a signal; `look` acts on it."""
+        self.heard.append(f"{signal.Signals(number).name} at {time.strftime('%H:%M:%S', time.gmtime())}Z")
         if number == signal.SIGTERM:
             self._heard_term = time.monotonic()
         elif self.asked is None:
@@ -75,5 +78,13 @@ class StopRequests:
         elif self._job is None:
             self._ask(Cause.STOPPED, self._warning_seconds)
         else:
-            why = why_terminated(self._job, job_facts(self._job.job_id))
+            facts = job_facts(self._job.job_id)
+            why = why_terminated(self._job, facts)
+            said = (
+                "Slurm did not say what for"
+                if facts is None
+                else f"the job was {facts.state} and had been started again {facts.restarts} times, this start is "
+                f"number {self._job.restarts}"
+            )
+            self.heard.append(f"taken for {why}: {said}")
             self._ask(why, heard + KILL_WAIT_SHARE * self._kill_wait_seconds - time.monotonic())

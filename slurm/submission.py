@@ -28,6 +28,7 @@ from orchestrator.files import read_json
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.processes import living_process
 from orchestrator.run_directory import RunDirectory
+from orchestrator.slurm.history import excluded_nodes
 from orchestrator.slurm.job import job_facts
 from orchestrator.slurm.requests import check_request
 from orchestrator.slurm.scheduler import SUBMIT_SECONDS, find_unrecorded_job, without_job
@@ -202,7 +203,7 @@ def slurm_executor(run: RunDirectory, plan: TrainingPlan) -> Any:
         use_srun=False,
         stderr_to_stdout=True,
         wckey=None,  # Submitit's own; a site that checks them would refuse it
-        additional_parameters=sbatch_options(plan, job_name(run)),
+        additional_parameters=sbatch_options(plan, job_name(run), excluded_nodes(run)),
         setup=script_setup(run, plan),
     )
     return executor

@@ -15,6 +15,8 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +24,33 @@ import psutil
 
 from orchestrator.attempt_record import attempt_record
 from orchestrator.checkpoint_keeper import CheckpointKeeper, mark_left_over
-from orchestrator.checkpoints import complete_checkpoints, parse_name
-from orchestrator.errors import OrchestrateError, RunError, SchedulerError
-from orchestrator.events import CheckpointEvent, StartEvent, StepEvent, read_events
+from orchestrator.errors import OrchestrateError, RunError, SchedulerError, StorageError
 from orchestrator.exit_codes import Cause
 from orchestrator.files import JsonLines, is_full, write_atomic, write_json
 from orchestrator.owner_lock import OwnedLock
 from orchestrator.plan import TrainingPlan, read_plan
-from orchestrator.recovery import Action, Decision, Ending, decide
+from orchestrator.recovery import Action, Decision, Ending
 from orchestrator.run_directory import FILE_MASK, AttemptDirectory, RunDirectory
 from orchestrator.slurm.allocation import Allocation, describe
 from orchestrator.slurm.endings import AttemptEnding
-from orchestrator.slurm.job import OwnJob, end_job, own_job, requeue
+from orchestrator.slurm.history import decide_on, excluded_nodes, newest_step
+from orchestrator.slurm.job import (
+    OwnJob,
+    end_job,
+    exclude_nodes,
+    job_facts,
+    nodes_of_partition,
+    own_job,
+    record_of_node,
+    requeue,
+)
+from orchestrator.slurm.lost import close_lost, steps_of
+from orchestrator.slurm.memory import OwnMemory
+from orchestrator.slurm.node_agent import node_name
 from orchestrator.slurm.rank_watch import RankWatch
 from orchestrator.slurm.ranks import Preload, Ranks, start_ranks
 from orchestrator.slurm.stop_requests import StopRequests
+from orchestrator.slurm.storage import Storage, logging_aside
 from orchestrator.slurm.submission import code_environment, submit
 from orchestrator.slurm.take_over import settle_submission, take_run
 
@@ -46,6 +60,9 @@ REQUEUE_SECONDS = 600.0
 RETRY_SECONDS = 10.0
 TERM_SECONDS = 5.0
 """How long the TERM of a requeue may take."""
+EXCLUDE_SECONDS = 20.0
+"""How long Slurm is asked to exclude nodes; it kills us before, where its KillWait is shorter."""
+EVIDENCE_CHARACTERS = 2000
 SHIPPER_SECONDS = 120.0
 SHIPPER_SECONDS_BEFORE_MORE = 3.0
 """The same where ranks or a warning's end wait; the next attempt ships the rest."""
@@ -64,9 +81,11 @@ class Supervisor:
         self._job = job
         self._looked = time.monotonic()
         self._plan: TrainingPlan = read_plan(run.plan)
+        self._storage = Storage(lock, self._plan.settings.patience.storage_seconds)
         self._stops = StopRequests(run, job, self._plan.settings.cluster.warning_seconds)
         self._preload: Preload | None = None
-        self._nodes = Allocation(run, self._plan, job) if job is not None else None
+        self._nodes = Allocation(run, self._plan, job, excluded_nodes(run)) if job is not None else None
+        self._evidence: list[dict[str, str]] = []
 
     def main(self) -> int:
         """Run attempts until the run is finished, stopped, or goes on in another job."""
@@ -74,8 +93,13 @@ class Supervisor:
         if not self._run.reserve.exists():
             write_atomic(self._run.reserve, os.urandom(RESERVE_BYTES))  # zeros may take no space
         try:
+            self._mark_left_over()
+            decision = close_lost(self._run, self._plan.settings, self._job)
+            if decision is not None and decision.action == Action.STOP:
+                log.error("does not start again: %s", decision.why)
+                return 1
             while not self._run.cancel_mark.exists():
-                decision = self._attempt()
+                decision = self._attempt_or_failure()
                 if decision.action == Action.RESTART:
                     continue
                 if decision.action == Action.REQUEUE:
@@ -86,24 +110,58 @@ class Supervisor:
             if self._job is not None:
                 end_job(self._job)
             return 1
+        except StorageError:
+            # Not even the end can be written down; the next supervisor does it.
+            if self._stops.asked == Cause.TIME_LIMIT and self._job is not None:
+                with contextlib.suppress(SchedulerError):
+                    requeue(self._job)
+            os._exit(1)
         finally:
             if self._nodes is not None:
                 self._nodes.close()
             if self._preload is not None:
                 self._preload.close()
 
-    def _attempt(self) -> Decision:
-        attempt = self._run.new_attempt()
-        started = time.time()
-        write_json(attempt.job, self._job_record(started))
-        log.info("attempt %d is to start %d ranks", attempt.number, self._plan.layout.world_size)
-        notes = JsonLines(attempt.supervisor_events)
+    def _mark_left_over(self) -> None:
+        """Mark what an attempt before has put on disk whole when its supervisor was lost."""
+        attempts = [attempt for attempt in self._run.attempts() if attempt.plan.exists()]
+        if not attempts or attempts[-1].read_outcome() is not None:
+            return
+        notes = JsonLines(attempts[-1].supervisor_events)
         try:
             mark_left_over(self._run, notes, self._lock.is_mine)
         except RunError:  # another supervisor has the run
             raise
         except (OrchestrateError, OSError) as error:
             log.warning("what the attempt before has left is not marked: %s", error)
+        finally:
+            notes.close()
+
+    def _attempt_or_failure(self) -> Decision:
+        """Make an attempt; an error of the supervisor itself, wherever it comes, becomes that attempt's end.
+
+        Raises:
+            RunError: another supervisor has the run.
+        """
+        try:
+            return self._attempt(self._run.new_attempt())
+        except (RunError, StorageError):
+            raise
+        except Exception as error:
+            log.exception("the supervisor failed")
+            attempts = self._run.attempts()
+            if not attempts or attempts[-1].read_outcome() is not None:
+                raise
+            self._note("supervisor", traceback.format_exc())
+            message = f"the supervisor failed: {type(error).__name__}: {error}"
+            return self._end(attempts[-1], AttemptEnding(cause=Cause.SUPERVISOR_FAILED, message=message))
+
+    def _attempt(self, attempt: AttemptDirectory) -> Decision:
+        self._evidence.clear()
+        self._stops.heard.clear()
+        write_json(attempt.job, self._job_record(time.time()))
+        log.info("attempt %d is to start %d ranks", attempt.number, self._plan.layout.world_size)
+        notes = JsonLines(attempt.supervisor_events)
         keeper = CheckpointKeeper(self._run, attempt, self._plan, notes, self._lock.is_mine)
         shipper = self._start_shipper(attempt)
         watched = self._run_ranks(attempt, keeper)
@@ -112,52 +170,58 @@ class Supervisor:
             with contextlib.suppress(OrchestrateError, OSError):
                 keeper.look()
             keeper.discard_unfinished()
-        steps = [event.step for _, event in read_events(attempt.events) if isinstance(event, StartEvent | StepEvent)]
+        notes.close()
+        decision = self._end(attempt, watched)
+        is_last = decision.action in (Action.FINISH, Action.STOP)
+        if is_last:
+            self._lock.release()  # what follows is tracking alone; a resume need not wait for it
+        self._end_shipper(shipper, SHIPPER_SECONDS if is_last else SHIPPER_SECONDS_BEFORE_MORE)
+        return decision
+
+    def _end(self, attempt: AttemptDirectory, watched: AttemptEnding) -> Decision:
+        """Decide what follows the end of an attempt, and write both down."""
         if self._nodes is not None and watched.host is not None:
             self._nodes.suspect(watched.host)
             if watched.cause == Cause.NODE_FAILED:
                 self._nodes.drop(watched.host, watched.message)
         enough = self._nodes is None or self._nodes.has_enough()
         ending = Ending(cause=watched.cause, saved_step=newest_step(self._run), enough_nodes=enough)
-        history = self._history(attempt)
-        decision = decide(
-            [ending for _, ending in history],
-            ending,
-            self._plan.settings.max_restarts_without_progress,
-            started_from=saved_step(self._run, (history[0][0] if history else attempt.number) - 1),
-        )
-        notes.close()
+        decision = decide_on(self._run, attempt, ending, self._plan.settings)
+        for words in self._stops.heard:
+            self._note("signal", words)
+        if watched.cause == Cause.NODE_FAILED and watched.host is not None and self._stops.deadline is None:
+            self._note("slurm", record_of_node(watched.host)[1])
+        bad = self._nodes.bad if self._nodes is not None else {}
+        for node, why in bad.items():
+            self._note("node", f"{node}: {why}")
+        job = attempt.read_job() or {}
         ended = time.time()
-        nodes = self._nodes.chosen if self._nodes is not None else ()
         checking = self._nodes.checking if self._nodes is not None else None
         record = attempt_record(self._run, attempt, saved_step=ending.saved_step, ended=ended, checking=checking)
-        write_json(
-            attempt.outcome,
-            {
-                **record,
-                "ranks_on": list(nodes),
-                "attempt": attempt.number,
-                "cause": watched.cause,
-                "message": watched.message,
-                "rank": watched.rank,
-                "host": watched.host,
-                "first_step": steps[0] + 1 if steps else None,
-                "last_step": steps[-1] if steps else None,
-                "saved_step": ending.saved_step,
-                "started": started,
-                "ended": ended,
-                "submissions": len(self._run.submissions()),
-                "exit_codes": {str(rank): code for rank, code in sorted(watched.exit_codes.items())},
-                "action": decision.action,
-                "why": decision.why,
-            },
-        )
+        outcome = {
+            **record,
+            "ranks_on": list(self._nodes.chosen) if self._nodes is not None else [],
+            "attempt": attempt.number,
+            "cause": watched.cause,
+            "message": watched.message,
+            "rank": watched.rank,
+            "host": watched.host,
+            **steps_of(attempt),
+            "saved_step": ending.saved_step,
+            "started": job.get("started", ended),
+            "ended": ended,
+            "submissions": len(self._run.submissions()),
+            "exit_codes": {str(rank): code for rank, code in sorted(watched.exit_codes.items())},
+            "action": decision.action,
+            "why": decision.why,
+            "excluded": self._to_exclude(bad) if decision.action == Action.REQUEUE else [],
+            "evidence": self._evidence,
+        }
+        if watched.cause == Cause.SUPERSEDED:
+            return decision  # who has the run now writes down how this attempt ended
+        write_json(attempt.outcome, outcome)
         log.info("attempt %d ended: %s (%s); %s: %s", attempt.number, watched.cause, watched.message,
                  decision.action, decision.why)  # fmt: skip
-        is_last = decision.action in (Action.FINISH, Action.STOP)
-        if is_last:
-            self._lock.release()  # what follows is tracking alone; a resume need not wait for it
-        self._end_shipper(shipper, SHIPPER_SECONDS if is_last else SHIPPER_SECONDS_BEFORE_MORE)
         return decision
 
     def _run_ranks(self, attempt: AttemptDirectory, keeper: CheckpointKeeper) -> AttemptEnding:
@@ -173,17 +237,68 @@ class Supervisor:
                     return AttemptEnding(cause=Cause.NODE_CHECK, message=describe(choice))
             if self._is_stopped() and self._stops.asked is not None:
                 return AttemptEnding(cause=self._stops.asked, message="asked to stop before ranks were started")
+            memory = self._nodes if self._nodes is not None else OwnMemory()
+            memory.count_oom_kills()
             ranks = start_ranks(self._run, attempt, self._plan, self._ready_preload(), nodes, self._job)
             first_dead = self._nodes.first_dead if self._nodes is not None else lambda: None
-            return RankWatch(attempt, ranks, keeper, self._stops).follow(self._check_ownership, first_dead)
+            watch = RankWatch(attempt, ranks, keeper, self._stops, self._storage, self._plan)
+
+            def killed_for_memory() -> Mapping[str, str]:
+                found = memory.killed_for_memory()
+                for words in found.values():
+                    self._note("node", words)
+                return found
+
+            return watch.follow(self._check_ownership, first_dead, killed_for_memory, nodes)
         except Exception as error:
-            log.exception("the supervisor failed")
             if ranks is not None:
                 ranks.kill()
-            cause = Cause.DISK_FULL if is_full(error) else Cause.EXCEPTION
-            if not self._lock.is_mine():
+            if isinstance(error, StorageError):
+                return self._wait_for_storage(error)
+            log.exception("the supervisor failed")
+            self._note("supervisor", traceback.format_exc())
+            cause = Cause.SUPERVISOR_FAILED
+            if is_full(error):
+                cause = Cause.DISK_FULL
+            elif not self._lock.is_mine():
                 cause = Cause.SUPERSEDED
+            elif isinstance(error, OrchestrateError) and not isinstance(error, SchedulerError):
+                cause = Cause.EXCEPTION  # it says what to do, and would come again
             return AttemptEnding(cause=cause, message=f"the supervisor failed: {type(error).__name__}: {error}")
+
+    def _wait_for_storage(self, error: StorageError) -> AttemptEnding:
+        """Wait until the run's folder answers again: without it nothing can be started, and nothing written down.
+
+        Raises:
+            StorageError: the job's time is over before that.
+        """
+        since = time.time()
+        log.error("%s; the ranks were ended, and start again when it answers", error)
+        if not self._storage.wait(lambda: self._stops.is_asked):
+            raise error
+        self._note("storage", f"it answered again {time.time() - since:.0f} s after the ranks were ended")
+        return AttemptEnding(cause=Cause.STORAGE, message=str(error))
+
+    def _note(self, source: str, text: str) -> None:
+        """Keep a piece of evidence for the outcome."""
+        if text:
+            self._evidence.append({"source": source, "text": text[-EVIDENCE_CHARACTERS:]})
+
+    def _to_exclude(self, bad: Mapping[str, str]) -> list[str]:
+        """Return the nodes that the next job must not get; none where too few others are in the partition."""
+        wanted = list(dict.fromkeys([*excluded_nodes(self._run), *bad]))
+        if not wanted or self._job is None:
+            return []
+        try:
+            facts = job_facts(self._job.job_id)
+            everywhere = nodes_of_partition(facts.partition) if facts is not None else ()
+        except SchedulerError:
+            return wanted
+        site = self._plan.settings.cluster.slurm.exclude
+        if everywhere and len(set(everywhere) - {*wanted, *site}) < self._plan.settings.cluster.nodes:
+            self._note("slurm", f"{', '.join(wanted)} cannot be left out: the partition has too few other nodes")
+            return []
+        return wanted
 
     def _check_ownership(self) -> None:
         """Every second: whether the run is still ours.
@@ -223,6 +338,7 @@ class Supervisor:
             "scheduler": self._plan.settings.cluster.scheduler,
             "job_id": job.job_id if job else submissions[-1]["job_id"] if submissions else str(os.getppid()),
             "restart_count": job.restarts if job else 0,
+            "node": node_name(),
             "process": os.getpid(),
             "process_created": psutil.Process().create_time(),
             "host": socket.gethostname(),
@@ -231,22 +347,6 @@ class Supervisor:
             "started": started,
             "submissions": len(submissions),
         }
-
-    def _history(self, current: AttemptDirectory) -> list[tuple[int, Ending]]:
-        """Return number and ending of the attempts since a person last started the run.
-
-        An attempt whose supervisor was lost has no outcome, and counts as one that ended so.
-        """
-        by_a_person = [i for i, record in enumerate(self._run.submissions(), 1) if record["by"] == "person"]
-        endings = []
-        for attempt in self._run.attempts():
-            job = attempt.read_job()
-            if attempt.number >= current.number or job is None or job["submissions"] < max(by_a_person, default=0):
-                continue
-            outcome = attempt.read_outcome()
-            cause = Cause(outcome["cause"]) if outcome is not None else Cause.SUPERVISOR_LOST
-            endings.append((attempt.number, Ending(cause=cause, saved_step=saved_step(self._run, attempt.number))))
-        return endings
 
     def _start_shipper(self, attempt: AttemptDirectory) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-P", "-m", "orchestrator.tracking", str(self._run.path), "--follow"]
@@ -270,7 +370,10 @@ class Supervisor:
             shipper.wait()
 
     def _requeue(self) -> None:
-        """Have the run go on in another job: this one started again, or a successor where that is not allowed."""
+        """Have the run go on in another job: this one started again, or a successor where that is not allowed.
+
+        Neither gets the nodes that were bad here.
+        """
         if self._run.cancel_mark.exists():
             log.info("cancelled meanwhile; does not go on")
             return
@@ -280,6 +383,7 @@ class Supervisor:
             try:
                 if self._job is not None and requeue(self._job):
                     log.info("job %s is started again by Slurm", self._job.job_id)
+                    self._exclude(self._job)
                     self._stops.wait_for_term(TERM_SECONDS)  # a job that ends before it is one that has completed
                 else:
                     log.info("goes on as job %s", submit(self._run, by="supervisor"))
@@ -290,26 +394,14 @@ class Supervisor:
                 log.warning("asks again in %.0f s: %s", RETRY_SECONDS, error)
                 time.sleep(RETRY_SECONDS)
 
-
-def newest_step(run: RunDirectory) -> int:
-    """Return the step of a run's newest complete checkpoint, or 0."""
-    found = complete_checkpoints(run)
-    return found[-1].step if found else 0
-
-
-def saved_step(run: RunDirectory, number: int) -> int:
-    """Return the step that a run had saved when an attempt ended, also where the checkpoint is deleted by now."""
-    attempt = run.attempt(number)
-    outcome = attempt.read_outcome()
-    if outcome is not None:
-        return int(outcome["saved_step"])
-    saved = [event.step for _, event in read_events(attempt.supervisor_events) if isinstance(event, CheckpointEvent)]
-    if saved:
-        return max(saved)
-    if number < 1:  # what it was branched from
-        place = parse_name(run.branched_from() or "")
-        return place[0] if place is not None else 0
-    return saved_step(run, number - 1)
+    def _exclude(self, job: OwnJob) -> None:
+        """Keep the requeued job off the nodes that were bad here; Slurm gives us until its KILL for that."""
+        nodes = excluded_nodes(self._run)
+        if nodes:
+            try:
+                log.info("Slurm will not give it %s", ", ".join(exclude_nodes(job, nodes, EXCLUDE_SECONDS)))
+            except SchedulerError as error:  # the next supervisor avoids them where it can
+                log.warning("%s", error)
 
 
 def main(path: str, number: int) -> int:
@@ -322,6 +414,11 @@ def main(path: str, number: int) -> int:
     logging.Formatter.converter = time.gmtime
     os.umask(FILE_MASK)
     run = RunDirectory(Path(path))
+    with logging_aside():
+        return _supervise(run, number)
+
+
+def _supervise(run: RunDirectory, number: int) -> int:
     try:
         # A local run that was launched inside somebody's Slurm job has nothing to do with that job.
         job = own_job() if read_plan(run.plan).settings.cluster.scheduler == "slurm" else None

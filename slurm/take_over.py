@@ -1,15 +1,14 @@
 """Become the only supervisor of a run: the newest submission's, with the run's lock."""
 
 import socket
-import threading
 import time
 
 from orchestrator.errors import RunError
 from orchestrator.owner_lock import OwnedLock, acquire
 from orchestrator.run_directory import RunDirectory
 from orchestrator.slurm.job import OwnJob
+from orchestrator.slurm.storage import RENEWAL_SECONDS
 
-LOCK_RENEWAL_SECONDS = 5.0
 LOCK_STALE_SECONDS = 60.0
 """Age at which the lock of a supervisor on another host is taken over; its owner renews it much more often."""
 
@@ -41,21 +40,13 @@ def take_run(run: RunDirectory, job: OwnJob | None) -> OwnedLock:
     is_same = job is not None and before is not None and before["job_id"] == job.job_id
     if job is not None and before is not None and is_same and before["restart_count"] < job.restarts:
         run.supervisor_lock.unlink(missing_ok=True)
-    deadline = time.monotonic() + LOCK_STALE_SECONDS + LOCK_RENEWAL_SECONDS
+    deadline = time.monotonic() + LOCK_STALE_SECONDS + RENEWAL_SECONDS
     while True:
         lock = acquire(run.supervisor_lock, "supervisor", stale_seconds=LOCK_STALE_SECONDS)
         if isinstance(lock, OwnedLock):
-            threading.Thread(target=_keep_renewing, args=(lock,), name="lock", daemon=True).start()
             return lock
         is_leaving = before is not None and attempts[-1].read_outcome() is not None  # it ends its last things
         is_here = lock.endswith(f" on {socket.gethostname()}")
         if (is_here and not is_leaving) or time.monotonic() > deadline:
             raise RunError(f"run {run.name} has a supervisor, {lock}; this one leaves")
         time.sleep(1.0)
-
-
-def _keep_renewing(lock: OwnedLock) -> None:
-    """Show other hosts that this supervisor lives, whatever it waits for."""
-    while lock.is_mine():
-        lock.renew()
-        time.sleep(LOCK_RENEWAL_SECONDS)

@@ -10,16 +10,18 @@ from orchestrator.exit_codes import Cause
 from orchestrator.recovery import Action, Decision, Ending, decide
 
 KILLED, LIMIT, PREEMPTED = Cause.RANK_KILLED, Cause.TIME_LIMIT, Cause.PREEMPTED
+HANG, MEMORY, STORAGE = Cause.HANG, Cause.OUT_OF_MEMORY, Cause.STORAGE
+CHECK, FAILED = Cause.NODE_CHECK, Cause.SUPERVISOR_FAILED
 STOPPING = (
     Cause.CANCELLED, Cause.STOPPED, Cause.EXCEPTION, Cause.NOT_FINITE, Cause.BAD_DATA, Cause.BAD_CONFIG,
     Cause.BAD_CHECKPOINT,
 )  # fmt: skip
 
 
-def follow(*endings: tuple[Cause, int], most: int = 2, started_from: int = 0) -> Decision:
+def follow(*endings: tuple[Cause, int], most: int = 2, apart: int = 10, started_from: int = 0) -> Decision:
     """Decide on the last of some endings."""
     *history, last = [Ending(cause=cause, saved_step=step) for cause, step in endings]
-    return decide(history, last, most, started_from=started_from)
+    return decide(history, last, most, apart, started_from=started_from)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,23 @@ def follow(*endings: tuple[Cause, int], most: int = 2, started_from: int = 0) ->
         pytest.param([(LIMIT, 500), (KILLED, 500), (KILLED, 500)], Action.STOP, id="a-good-job-and-two-failures"),
         pytest.param([(KILLED, 500), (LIMIT, 500)], Action.REQUEUE, id="a-failure-and-then-the-time-limit"),
         pytest.param([(PREEMPTED, 0)], Action.REQUEUE, id="preempted-while-starting"),
-        pytest.param([(PREEMPTED, 0), (PREEMPTED, 0)], Action.STOP, id="never-got-anywhere"),
+        pytest.param([(PREEMPTED, 0)] * 9, Action.REQUEUE, id="preempted-nine-times-while-starting"),
+        pytest.param([(PREEMPTED, 0)] * 10, Action.STOP, id="never-got-anywhere"),
+        pytest.param([(CHECK, 0), (PREEMPTED, 0)] * 5, Action.STOP, id="never-got-anywhere-for-two-reasons"),
+        pytest.param([(CHECK, 0), (CHECK, 0)], Action.RESTART, id="too-few-healthy-nodes-are-no-failure"),
+        pytest.param([(KILLED, 0), (PREEMPTED, 0)], Action.REQUEUE, id="a-failure-and-a-preemption-are-counted-apart"),
+        pytest.param([(KILLED, 0), (PREEMPTED, 0), (KILLED, 0)], Action.STOP, id="two-failures-around-a-preemption"),
+        pytest.param([(KILLED, 0), *[(PREEMPTED, 0)] * 9], Action.REQUEUE, id="a-failure-and-nine-preemptions"),
+        pytest.param([(HANG, 20)], Action.RESTART, id="a-hang"),
+        pytest.param([(HANG, 20), (KILLED, 20), (HANG, 20)], Action.STOP, id="a-hang-and-a-kill-at-one-step"),
+        pytest.param([(LIMIT, 0), (LIMIT, 0)], Action.STOP, id="two-whole-jobs-and-no-checkpoint"),
+        pytest.param([(MEMORY, 0)], Action.STOP, id="out-of-memory-at-once"),
+        pytest.param([(MEMORY, 20)], Action.RESTART, id="out-of-memory-after-progress"),
+        pytest.param([(MEMORY, 20), (MEMORY, 20)], Action.STOP, id="out-of-memory-again"),
+        pytest.param([(FAILED, 0)], Action.REQUEUE, id="the-supervisor-raised"),
+        pytest.param([(FAILED, 0), (FAILED, 0)], Action.STOP, id="the-supervisor-raised-twice"),
+        pytest.param([(FAILED, 20), (FAILED, 40)], Action.REQUEUE, id="the-supervisor-raised-after-progress"),
+        pytest.param([(STORAGE, 20)] * 9, Action.RESTART, id="storage-comes-and-goes"),
         pytest.param([(KILLED, 40), (KILLED, 20)], Action.RESTART, id="a-checkpoint-was-removed"),
         pytest.param([(KILLED, 40), (KILLED, 20), (KILLED, 20)], Action.STOP, id="and-removing-it-did-not-help"),
         *[pytest.param([(cause, 20)], Action.STOP, id=str(cause)) for cause in STOPPING],
@@ -78,13 +96,18 @@ def test_every_cause_has_a_decision_with_a_reason(cause: Cause) -> None:
     assert follow((cause, 20)).why
 
 
-endings = st.tuples(st.sampled_from([KILLED, LIMIT, PREEMPTED]), st.integers(min_value=0, max_value=4))
+endings = st.tuples(st.sampled_from([KILLED, LIMIT, PREEMPTED, HANG]), st.integers(min_value=0, max_value=4))
 
 
 @settings(deadline=None)
-@given(st.lists(endings, min_size=1), st.integers(min_value=1, max_value=4))
-def test_no_run_goes_on_without_progress_and_none_with_progress_stops(made: list[tuple[Cause, int]], most: int) -> None:
+@given(st.lists(endings, min_size=1), st.integers(min_value=1, max_value=4), st.integers(min_value=1, max_value=6))
+def test_no_run_goes_on_without_progress_and_none_with_progress_stops(
+    made: list[tuple[Cause, int]], most: int, apart: int
+) -> None:
     steps = [0, *(step for _, step in made)]
-    is_stopped = follow(*made, most=most).action == Action.STOP
-    lately = [later > earlier for earlier, later in itertools.pairwise(steps)][-most:]
-    assert is_stopped == (len(lately) == most and not any(lately))
+    is_stopped = follow(*made, most=most, apart=apart).action == Action.STOP
+    progress = [i for i, (earlier, later) in enumerate(itertools.pairwise(steps)) if later > earlier]
+    lately = [cause == PREEMPTED for cause, _ in made[progress[-1] + 1 if progress else 0 :]]
+    preempted, failed = sum(lately), len(lately) - sum(lately)
+    was_preempted = made[-1][0] == PREEMPTED
+    assert is_stopped == (bool(lately) and (preempted >= apart if was_preempted else failed >= most))

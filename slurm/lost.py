@@ -1,0 +1,96 @@
+"""Write down the end of an attempt whose supervisor was killed, or died with its node, as the next one finds it."""
+
+import re
+import time
+from typing import Any
+
+from orchestrator.attempt_record import attempt_record, last_heard
+from orchestrator.events import StartEvent, StepEvent, read_events
+from orchestrator.exit_codes import Cause
+from orchestrator.files import write_json
+from orchestrator.recovery import Action, Decision, Ending
+from orchestrator.run_directory import AttemptDirectory, RunDirectory
+from orchestrator.settings import RunSettings
+from orchestrator.slurm.history import attempts_since_a_person, decide_on, newest_step
+from orchestrator.slurm.job import OwnJob, record_of, record_of_node
+
+_STEPD = re.compile(r"^slurmstepd: error: \*\*\* (?:JOB|STEP) [0-9.a-z]+ ON \S+ .*$", re.MULTILINE)
+
+
+def close_lost(run: RunDirectory, settings: RunSettings, job: OwnJob | None) -> Decision | None:
+    """Give the newest attempt an outcome if it has none; nobody else will.
+
+    Args:
+        job: in which the run goes on.
+
+    Returns:
+        what would follow, where it goes on without a person; None where nothing was lost or a person started it.
+    """
+    attempts = run.attempts()
+    lost = attempts[-1] if attempts else None
+    record = lost.read_job() if lost is not None else None
+    if lost is None or record is None or lost.read_outcome() is not None:
+        return None
+    cause, message, host, evidence = why_lost(run, record, job)
+    saved, ended = newest_step(run), last_heard(lost) or time.time()
+    goes_on_by_itself = lost.number in [attempt.number for attempt in attempts_since_a_person(run)]
+    decision = Decision(action=Action.STOP, why="nothing followed until a person resumed the run")
+    if goes_on_by_itself:
+        decision = decide_on(run, lost, Ending(cause=cause, saved_step=saved, enough_nodes=False), settings)
+    write_json(
+        lost.outcome,
+        {
+            **attempt_record(run, lost, saved_step=saved, ended=ended),
+            "attempt": lost.number,
+            "cause": cause,
+            "message": message,
+            "rank": None,
+            "host": host,
+            **steps_of(lost),
+            "saved_step": saved,
+            "started": float(record["started"]),
+            "ended": ended,
+            "submissions": record["submissions"],
+            "exit_codes": {},
+            "action": decision.action,
+            "why": decision.why,
+            "excluded": [host] if cause == Cause.NODE_FAILED and host else [],
+            "evidence": evidence,
+        },
+    )
+    return decision if goes_on_by_itself else None
+
+
+def steps_of(attempt: AttemptDirectory) -> dict[str, int | None]:
+    """Return the first and the last step that an attempt did, as they stand in its outcome."""
+    steps = [event.step for _, event in read_events(attempt.events) if isinstance(event, StartEvent | StepEvent)]
+    return {"first_step": steps[0] + 1 if steps else None, "last_step": steps[-1] if steps else None}
+
+
+def why_lost(
+    run: RunDirectory, record: dict[str, Any], job: OwnJob | None
+) -> tuple[Cause, str, str | None, list[dict[str, str]]]:
+    """Return cause, message, node and evidence of an attempt whose supervisor wrote nothing down.
+
+    Args:
+        record: the attempt's job.json.
+        job: in which the run goes on.
+    """
+    process = f"process {record['process']} on {record['host']}"
+    if job is None or record["scheduler"] != "slurm":
+        return Cause.SUPERVISOR_LOST, f"the supervisor, {process}, was killed or its machine died", None, []
+    node = str(record.get("node", record["host"]))
+    is_node_lost, of_node = record_of_node(node)
+    is_same = str(record["job_id"]) == job.job_id
+    of_job = "" if is_same else record_of(str(record["job_id"]))  # the record is of its present start otherwise
+    evidence = [{"source": "slurm", "text": text} for text in (of_node if is_node_lost else "", of_job) if text]
+    for path in sorted(run.jobs.glob(f"{record['job_id']}_*.out")):
+        lines = _STEPD.findall(path.read_text(errors="replace"))
+        evidence += [{"source": "slurm", "text": line} for line in lines[-1:]]
+    if is_node_lost or "JobState=NODE_FAIL" in of_job:
+        message = f"node {node}, where the supervisor ran, died; Slurm started the job again"
+        return Cause.NODE_FAILED, message, node, evidence
+    if "JobState=OUT_OF_MEMORY" in of_job:
+        return Cause.OUT_OF_MEMORY, f"the job was killed for memory, with the supervisor, {process}", node, evidence
+    again = "; Slurm started the job again" if is_same else ""
+    return Cause.SUPERVISOR_LOST, f"the supervisor, {process}, was killed{again}", None, evidence
