@@ -51,6 +51,8 @@ class RunRecords:
     """When a person cancelled; a later resume forgets it."""
     last_heard: float | None
     """When the ranks told something last."""
+    supervisor_heard: float | None = None
+    """When the newest attempt's supervisor last showed that it lives."""
 
     @property
     def last_outcome(self) -> dict[str, Any] | None:
@@ -97,19 +99,13 @@ def reconcile(name: str, records: RunRecords, job: JobAnswer, now: float, waits_
     if outcome is not None and records.is_settled:
         return _settled(name, outcome)
     if job == JobAnswer.GONE:
-        return _gone(name, records)
+        return _gone(name, records, now)
     cause = Cause(outcome["cause"]) if outcome is not None else None
     status, logs = f"orchestrate status {name}", f"orchestrate logs {name} --follow"
     cancel = f"orchestrate cancel {name}"
     if job == JobAnswer.SILENT:
-        seen = "running when last seen; " if records.attempts and outcome is None else ""
-        heard = _heard(records, now)
-        return Standing(
-            state=State.UNKNOWN,
-            cause=cause,
-            reason=f"{seen}the scheduler does not answer" + (f"; {heard}" if heard else ""),
-            actions=(status, logs),
-        )
+        reason = f"the scheduler does not answer; {_last_seen(records, now)}"
+        return Standing(state=State.UNKNOWN, cause=cause, reason=reason, actions=(status, logs))
     if job == JobAnswer.PENDING:
         reason = "waiting for the scheduler"
         if records.attempts and not records.is_resumed:
@@ -125,20 +121,41 @@ def reconcile(name: str, records: RunRecords, job: JobAnswer, now: float, waits_
     if records.cancel_asked is not None:
         reason = "told to save and end"
     elif outcome is None and records.last_heard is not None and now - records.last_heard > QUIET_SECONDS:
-        reason = f"{_heard(records, now)}; its ranks may hang"
+        reason = f"last heard {_ago(records.last_heard, now)}; its ranks may hang"
     return Standing(
         state=State.RUNNING, cause=cause, reason=reason, actions=(logs, cancel) if outcome is None else (status, logs)
     )
 
 
-def _heard(records: RunRecords, now: float) -> str:
-    """Return how long ago the ranks told something."""
-    return "" if records.last_heard is None else f"last heard {format_duration(now - records.last_heard)} ago"
+def _last_seen(records: RunRecords, now: float) -> str:
+    """Return what was known of the job before its scheduler fell silent, and how long ago that was."""
+    outcome = records.last_outcome
+    told = "; a person has cancelled it" if records.cancel_asked is not None else ""
+    if not records.attempts or records.is_resumed:
+        submitted = f", submitted {_ago(records.submitted[-1], now)}" if records.submitted else ""
+        return f"last seen pending{submitted}{told}"
+    number = records.attempts[-1]["number"]
+    if outcome is None:
+        heard = _heard(records)
+        return f"last seen running{'' if heard is None else f' {_ago(heard, now)}'}{told}"
+    ended = f"attempt {number} ended {_ago(float(outcome['ended']), now)}: {outcome['cause']}"
+    if outcome["action"] == Action.REQUEUE:
+        return f"last seen pending, requeued after {ended}{told}"
+    return f"last seen running, about to start again after {ended}{told}"
+
+
+def _heard(records: RunRecords) -> float | None:
+    """Return when ranks or supervisor showed last that they live."""
+    return max((time for time in (records.last_heard, records.supervisor_heard) if time is not None), default=None)
+
+
+def _ago(time: float, now: float) -> str:
+    return f"{format_duration(max(0.0, now - time))} ago"
 
 
 def _settled(name: str, outcome: dict[str, Any]) -> Standing:
     """The last attempt decided that nothing follows."""
-    resume, logs, cause = f"orchestrate resume {name}", f"orchestrate logs {name}", Cause(outcome["cause"])
+    resume, why, cause = f"orchestrate resume {name}", f"orchestrate why {name}", Cause(outcome["cause"])
     if outcome["action"] == Action.FINISH:
         return Standing(
             state=State.FINISHED,
@@ -153,15 +170,15 @@ def _settled(name: str, outcome: dict[str, Any]) -> Standing:
         state=State.STOPPED if is_stopped else State.FAILED,
         cause=cause,
         reason=f"{outcome['message']}; {outcome['why']}",
-        actions=(resume, logs) if is_stopped else (logs, resume),
+        actions=(resume, why) if is_stopped else (why, resume),
     )
 
 
-def _gone(name: str, records: RunRecords) -> Standing:
+def _gone(name: str, records: RunRecords, now: float) -> Standing:
     """There is no job any more, and no attempt decided so."""
     outcome = records.last_outcome
     cause = Cause(outcome["cause"]) if outcome is not None else None
-    resume = f"orchestrate resume {name}"
+    resume, why = f"orchestrate resume {name}", f"orchestrate why {name}"
     if records.cancel_asked is not None:
         return Standing(
             state=State.CANCELLED, cause=Cause.CANCELLED, reason="a person cancelled the run", actions=(resume,)
@@ -176,16 +193,18 @@ def _gone(name: str, records: RunRecords) -> Standing:
             actions=(f"orchestrate logs {name} --supervisor", resume),
         )
     if outcome is None:
+        heard = _heard(records)
+        reason = f"{Cause.SUPERVISOR_LOST}: the supervisor was killed, or its node died, before it could say why"
+        reason += "" if heard is None else f"; last heard {_ago(heard, now)}"
         return Standing(
             state=State.FAILED,
             cause=Cause.SUPERVISOR_LOST,
-            reason=f"{Cause.SUPERVISOR_LOST}: the job ended without a word",
-            actions=(resume, f"orchestrate logs {name}"),
+            reason=f"{reason}; a resume goes on from the newest checkpoint",
+            actions=(resume, why),
         )
-    is_stopped = outcome["action"] == Action.REQUEUE
-    return Standing(
-        state=State.STOPPED if is_stopped else State.FAILED,
-        cause=cause,
-        reason=f"{outcome['cause']}, and it did not start again",
-        actions=(resume,),
-    )
+    ended = f"{outcome['cause']} {_ago(float(outcome['ended']), now)}"
+    if outcome["action"] == Action.REQUEUE:
+        reason = f"{ended}; it was to go on in another job, and there is none"
+        return Standing(state=State.STOPPED, cause=cause, reason=reason, actions=(resume, why))
+    reason = f"{ended}; its ranks were to start again, and the supervisor was lost before"
+    return Standing(state=State.FAILED, cause=cause, reason=reason, actions=(resume, why))

@@ -25,6 +25,7 @@ from orchestrator.plan import read_plan
 from orchestrator.reconcile import ENDED, JobAnswer, RunRecords, State, reconcile
 from orchestrator.retention import best_checkpoints
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
+from orchestrator.slurm.history import excluded_nodes
 from orchestrator.slurm.scheduler import ask, why_waiting
 from orchestrator.values import from_plain
 
@@ -45,11 +46,20 @@ class AttemptStatus:
     ended: float | None
     first_step: int | None
     last_step: int | None
+    saved_step: int | None
+    """Step of the newest complete checkpoint at the end; None while it runs."""
     cause: str
+    """Empty while it runs."""
     message: str
+    rank: int | None
+    """The one that ended it, if one did."""
     host: str
-    """Where the rank was that ended it, if one did."""
+    """Where that rank was, or the node that failed."""
     action: str
+    why: str
+    """Of the action, in words."""
+    excluded: tuple[str, ...]
+    """Nodes that the run's next job must not get."""
     ledger: Ledger | None
     """None before the supervisor has written down its job."""
 
@@ -95,6 +105,8 @@ class RunStatus:
     cost: float | None
     """Of all that was held, where the cluster has a price."""
     is_on_gpus: bool
+    excluded: tuple[str, ...]
+    """Nodes that were bad since a person last started the run, and that it gets no more."""
     attempt_list: tuple[AttemptStatus, ...]
 
 
@@ -163,24 +175,32 @@ def read_status(run: RunDirectory) -> RunStatus:
         effective_share=ledger.effective_share,
         cost=None if price is None else ledger.cost(price),
         is_on_gpus=plan.settings.cluster.device == "cuda",
+        excluded=excluded_nodes(run),
         attempt_list=attempt_list,
     )
 
 
 def read_records(run: RunDirectory) -> RunRecords:
     """Return what a run's folder says."""
+    attempts = run.attempts()
+    newest = attempts[-1] if attempts else None
+    # The lock is renewed every few seconds.
+    signs = [] if newest is None else [*map(_touched, (newest.job, newest.supervisor_events, run.supervisor_lock))]
     return RunRecords(
         submitted=[float(record["time"]) for record in run.submissions()],
-        attempts=[{"number": attempt.number, "outcome": attempt.read_outcome()} for attempt in run.attempts()],
+        attempts=[{"number": attempt.number, "outcome": attempt.read_outcome()} for attempt in attempts],
         cancel_asked=float(read_json(run.cancel_mark)["time"]) if run.cancel_mark.exists() else None,
-        last_heard=_last_heard(run),
+        last_heard=_touched(newest.events) if newest is not None else None,
+        supervisor_heard=max((time for time in signs if time is not None), default=None),
     )
 
 
-def _last_heard(run: RunDirectory) -> float | None:
-    """Return when the newest attempt's ranks appended to their events, by the file's own time."""
-    attempts = run.attempts()
-    return attempts[-1].events.stat().st_mtime if attempts and attempts[-1].events.exists() else None
+def _touched(path: Path) -> float | None:
+    """Return when a file was written last, by its file system's clock; None where there is none."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _warning(event: Event) -> str:
@@ -238,10 +258,14 @@ def _attempt_status(
         ended=found.get("ended"),
         first_step=found.get("first_step"),
         last_step=found.get("last_step"),
+        saved_step=found.get("saved_step"),
         cause=str(found.get("cause", "")),
         message=str(found.get("message", "")),
+        rank=found.get("rank"),
         host=str(found.get("host") or ""),
         action=str(found.get("action", "")),
+        why=str(found.get("why", "")),
+        excluded=tuple(found.get("excluded", ())),
         ledger=ledger,
     )
 

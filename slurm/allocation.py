@@ -17,6 +17,7 @@ from orchestrator.errors import RunError
 from orchestrator.files import read_json, write_json
 from orchestrator.plan import TrainingPlan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
+from orchestrator.slurm.deputy import deputy_command
 from orchestrator.slurm.job import OwnJob, by_switch, switches
 from orchestrator.slurm.memory import killed_since
 from orchestrator.slurm.node_checks import Choice, Finding, RankRecord, choose_nodes, judge, judge_ranks
@@ -79,7 +80,7 @@ class Allocation:
         findings: list[Finding] = []
         suspects = [node for node in self._order if node in self._suspects and node not in self._bad]
         if self._watch is None:
-            self._watch = NodeWatch(self._order, cluster, attempt.checks / "nodes")
+            self._watch = NodeWatch(self._order, cluster, attempt.checks / "nodes", deputy_command(self._run))
             self._agents = self._start_agents(self._watch, attempt.checks / "agents.log")
         elif suspects:
             self._watch.recheck(suspects)
@@ -89,7 +90,8 @@ class Allocation:
             usable = [node for node in suspects if node not in {f.node for f in findings if f.excludes}]
             if usable and not is_stopped():
                 findings += self._findings_of_ranks(attempt, usable, preload, is_stopped)
-        if len(suspects) > 1 and set(suspects) <= {finding.node for finding in findings if finding.excludes}:
+        failed = {finding.node for finding in findings if finding.excludes}
+        if len(suspects) > 1 and set(suspects) <= failed and not is_stopped():
             raise RunError(
                 f"none of {len(suspects)} nodes passed its checks, so that it is hardly the nodes' fault: "
                 f"{findings[-1]}{_said(attempt)}"

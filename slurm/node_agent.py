@@ -5,7 +5,8 @@
 Run as a file with the standard library only, one process a node. Both sides prove that they know the
 secret of the environment, without sending it. Then come JSON lines: the supervisor asks for checks and
 for the time, the agent answers and beats, until the connection ends; then it leaves. What is measured is
-judged by `node_checks.py` there. A check that hangs holds up no other.
+judged by `node_checks.py` there. A check that hangs holds up no other. Where the supervisor does not say that it
+leaves, the agent becomes its deputy (`deputy.py`).
 
 The checks of GPUs have never run on one: `nvidia-smi` and `dmesg` are read as NVIDIA documents them
 (nvidia-smi manual, "Xid Errors", NVML's clock event reasons).
@@ -262,6 +263,8 @@ class Agent:
         self._lock = threading.RLock()
         self._round = 0
         self._running: dict[str, float] = {}  # check -> when it is given up
+        self.deputy: list[str] = []
+        """What to run where the supervisor is gone and has not said that it leaves."""
 
     def greet(self, token: str) -> None:
         """Prove the token, have the other side prove it, and begin with its first request.
@@ -294,6 +297,8 @@ class Agent:
                 self._receive()
 
     def _hear(self, request: dict[str, Any]) -> None:
+        if "deputy" in request:
+            self.deputy = list(map(str, request["deputy"]))
         if "ping" in request:
             self._send({"pong": request["ping"], "time": time.time()})
         if "checks" in request:
@@ -404,6 +409,8 @@ def main(hosts: str, port: str) -> int:
         agent.serve()
     for process in list(_commands):
         _kill(process)
+    if agent.deputy:
+        os.execv(agent.deputy[0], agent.deputy)
     return 0
 
 

@@ -68,13 +68,17 @@ class _Connection:
 class NodeWatch:
     """Listens until it is closed."""
 
-    def __init__(self, nodes: Sequence[str], cluster: ClusterSettings, folder: Path) -> None:
+    def __init__(
+        self, nodes: Sequence[str], cluster: ClusterSettings, folder: Path, deputy: Sequence[str] = ()
+    ) -> None:
         """Begin to listen.
 
         Args:
             nodes: the job's; nobody else is heard.
             folder: new, on the disk that every node must share.
+            deputy: what an agent is to run where this process is gone without having closed the watch.
         """
+        self._deputy = list(deputy)
         self._nodes = frozenset(nodes)
         self._cluster = cluster
         self._folder = folder
@@ -176,6 +180,8 @@ class NodeWatch:
         self._is_open = False
         self._thread.join()
         with self._lock:
+            for connection in self._connections.values():
+                self._send(connection, {"deputy": []})
             for key in list(self._selector.get_map().values()):
                 if isinstance(key.fileobj, socket.socket):
                     key.fileobj.close()
@@ -261,9 +267,10 @@ class NodeWatch:
         self._connections[node] = connection
         if former is not None and not former.ended:
             self._end(former, "a newer agent took its place")
-        self._ask(connection, {"proof": node_agent.proof(self._token, "supervisor", node, str(message["challenge"]))})
+        proof = node_agent.proof(self._token, "supervisor", node, str(message["challenge"]))
+        self._ask(connection, {"proof": proof, "deputy": self._deputy})
 
-    def _ask(self, connection: _Connection, also: dict[str, str]) -> None:
+    def _ask(self, connection: _Connection, also: dict[str, Any]) -> None:
         """Have a node run its checks."""
         checks = self._cluster.checks
         connection.round += 1

@@ -183,14 +183,15 @@ class Supervisor:
         if self._nodes is not None and watched.host is not None:
             self._nodes.suspect(watched.host)
             if watched.cause == Cause.NODE_FAILED:
-                self._nodes.drop(watched.host, watched.message)
+                self._nodes.drop(watched.host, watched.message.removeprefix(f"node {watched.host}: "))
         enough = self._nodes is None or self._nodes.has_enough()
         ending = Ending(cause=watched.cause, saved_step=newest_step(self._run), enough_nodes=enough)
         decision = decide_on(self._run, attempt, ending, self._plan.settings)
         for words in self._stops.heard:
             self._note("signal", words)
         if watched.cause == Cause.NODE_FAILED and watched.host is not None and self._stops.deadline is None:
-            self._note("slurm", record_of_node(watched.host)[1])
+            is_lost, words = record_of_node(watched.host)
+            self._note("slurm", words if is_lost else "")
         bad = self._nodes.bad if self._nodes is not None else {}
         for node, why in bad.items():
             self._note("node", f"{node}: {why}")

@@ -17,7 +17,9 @@ from orchestrator.files import JsonLines
 from orchestrator.launch import launch
 from orchestrator.plan import TrainingPlan, make_plan, read_plan, write_plan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory, create_run
+from orchestrator.slurm import sandbox
 from orchestrator.slurm.ranks import Preload, Ranks, start_ranks
+from orchestrator.slurm.sandbox import Sandbox
 from orchestrator.slurm.scheduler import local_process
 from orchestrator.tokenize.stage import tokenize_corpus
 
@@ -209,6 +211,23 @@ def mount_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     yield mount
     for folder in mounted:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def start_slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Sandbox]]:
+    """Start a Slurm with its commands pointed at it, as a person's shell would have them."""
+    started: list[str] = []
+
+    def start(**options: int) -> Sandbox:
+        name = f"launch-{os.getpid()}-{len(started)}"
+        slurm = sandbox.start(name, **options)
+        started.append(name)
+        monkeypatch.setenv("SLURM_CONF", str(slurm.slurm_conf))
+        return slurm
+
+    yield start
+    for name in started:
+        sandbox.stop(name, patience_seconds=2)  # a dead node's job would not end for long
 
 
 @pytest.fixture

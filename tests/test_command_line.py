@@ -135,7 +135,7 @@ def test_sizes_that_do_not_divide_are_answered_with_those_that_would(orchestrate
     assert not runs.exists()
 
 
-@pytest.mark.parametrize("verb", ["status", "logs", "cancel", "resume", "export"])
+@pytest.mark.parametrize("verb", ["status", "why", "logs", "cancel", "resume", "export"])
 def test_an_unknown_run_is_answered_with_the_nearest(orchestrate: Command, runs: Path, verb: str) -> None:
     make_run(runs, "something")
     output = ["--output", "out"] if verb == "export" else []
@@ -397,7 +397,8 @@ def test_output_that_nobody_reads_on_is_no_error(home: Path, work: Path) -> None
 def test_an_attempt_whose_supervisor_was_lost_is_told_from_its_events(orchestrate: Command, runs: Path) -> None:
     run = make_run(runs)
     attempt = run.new_attempt()
-    write_json(attempt.job, {"job_id": "1", "nodes": "here", "started": 100.0, "process": 1, "process_created": 1.0})
+    job = {"job_id": "1", "nodes": "here", "started": 100.0, "process": 1, "process_created": 1.0, "submissions": 1}
+    write_json(attempt.job, job)
     lines = JsonLines(attempt.events)
     for step in (1, 2):
         lines.append(event_record(make_step(step=step, time=100.0 + 10 * step)))

@@ -28,9 +28,12 @@ def records(
     submitted: tuple[float, ...] = (1.0,),
     cancelled: float | None = None,
     heard: float | None = None,
+    supervisor: float | None = None,
 ) -> RunRecords:
     attempts = [{"number": number, "outcome": found} for number, found in enumerate(outcomes, 1)]
-    return RunRecords(submitted=submitted, attempts=attempts, cancel_asked=cancelled, last_heard=heard)
+    return RunRecords(
+        submitted=submitted, attempts=attempts, cancel_asked=cancelled, last_heard=heard, supervisor_heard=supervisor
+    )
 
 
 FINISHED = outcome(Action.FINISH, Cause.FINISHED, 5.0)
@@ -43,6 +46,7 @@ RESTARTED = outcome(Action.RESTART, Cause.RANK_KILLED, 5.0)
 NOW = 10.0
 AGAIN = (1.0, 6.0)
 """Submitted once more after the attempt ended."""
+AWAY = "the scheduler does not answer"
 
 
 @pytest.mark.parametrize(
@@ -101,6 +105,17 @@ def test_a_run_stands_where_folder_and_scheduler_say(found: RunRecords, job: Job
     assert reconcile("x", found, job, NOW).state == state
 
 
+@pytest.mark.parametrize("cause", [cause for cause in Cause if cause not in (Cause.FINISHED, Cause.CANCELLED)])
+def test_every_cause_that_stops_a_run_or_has_it_requeued_is_in_its_reason(cause: Cause) -> None:
+    stopped = {**outcome(Action.STOP, cause, 5.0), "message": "rank 3 stood still"}
+    standing = reconcile("x", records(stopped), GONE, NOW)
+    assert standing.state in ENDED and standing.cause == cause
+    assert standing.reason == "rank 3 stood still; what follows"
+    for job in (PENDING, RUNNING, SILENT, GONE):
+        standing = reconcile("x", records(outcome(Action.REQUEUE, cause, 5.0)), job, NOW)
+        assert str(cause) in standing.reason and "None" not in standing.reason
+
+
 LASTS = (None, FINISHED, CRASHED, CANCELLED, STOPPED, STUCK, REQUEUED, RESTARTED)
 EVERY = [
     (records(*([] if last == "none" else [last]), submitted=submitted, cancelled=cancelled), job)
@@ -157,7 +172,7 @@ def test_a_requeued_run_says_why_it_waits() -> None:
     ("found", "job", "command"),
     [
         (records(FINISHED), GONE, "orchestrate export x --output DIR"),
-        (records(CRASHED), GONE, "orchestrate logs x"),
+        (records(CRASHED), GONE, "orchestrate why x"),
         (records(STOPPED), GONE, "orchestrate resume x"),
         (records(None), RUNNING, "orchestrate logs x --follow"),
         (records(), GONE, "orchestrate logs x --supervisor"),
@@ -192,8 +207,26 @@ def test_the_cause_is_that_of_the_newest_end(found: RunRecords, job: JobAnswer, 
         (records(None, heard=100.0), RUNNING, 160.0, ""),
         (records(None, heard=100.0), RUNNING, 820.0, "last heard 12 min 0 s ago; its ranks may hang"),
         (records(None, heard=100.0, cancelled=5.0), RUNNING, 820.0, "told to save and end"),
-        (records(None, heard=100.0), SILENT, 160.0, "running when last seen; the scheduler does not answer; "
-         "last heard 1 min 0 s ago"),
+        # What was seen last, where the scheduler is silent.
+        (records(submitted=(100.0,)), SILENT, 160.0, f"{AWAY}; last seen pending, submitted 1 min 0 s ago"),
+        (records(None), SILENT, 160.0, f"{AWAY}; last seen running"),
+        (records(None, heard=100.0), SILENT, 160.0, f"{AWAY}; last seen running 1 min 0 s ago"),
+        (records(None, heard=100.0, supervisor=155.0), SILENT, 160.0, f"{AWAY}; last seen running 5.0 s ago"),
+        (records(None, supervisor=165.0), SILENT, 160.0, f"{AWAY}; last seen running 0.0 s ago"),  # a clock ahead
+        (records(None, heard=100.0, cancelled=90.0), SILENT, 160.0,
+         f"{AWAY}; last seen running 1 min 0 s ago; a person has cancelled it"),
+        (records(REQUEUED), SILENT, 10.0,
+         f"{AWAY}; last seen pending, requeued after attempt 1 ended 5.0 s ago: time_limit"),
+        (records(RESTARTED), SILENT, 10.0,
+         f"{AWAY}; last seen running, about to start again after attempt 1 ended 5.0 s ago: rank_killed"),
+        (records(CRASHED, submitted=AGAIN), SILENT, 10.0, f"{AWAY}; last seen pending, submitted 4.0 s ago"),
+        # A job that is gone though no attempt ended the run.
+        (records(None, heard=100.0, supervisor=155.0), GONE, 160.0,
+         "supervisor_lost: the supervisor was killed, or its node died, before it could say why; last heard 5.0 s ago; "
+         "a resume goes on from the newest checkpoint"),
+        (records(REQUEUED), GONE, 10.0, "time_limit 5.0 s ago; it was to go on in another job, and there is none"),
+        (records(RESTARTED), GONE, 10.0,
+         "rank_killed 5.0 s ago; its ranks were to start again, and the supervisor was lost before"),
         (records(), PENDING, 100.0, "waiting for the scheduler"),
         (records(), PENDING, 7201.0, "waiting for the scheduler for 2 h 0 min"),
     ],

@@ -49,6 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "orchestrator.recovery",
         "orchestrator.reconcile",
         "orchestrator.rehearsal",
+        "orchestrator.remedies",
         "orchestrator.repeats",
         "orchestrator.retention",
     ),
@@ -78,6 +79,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "orchestrator.tracking",
         "orchestrator.tracking_store",
         "orchestrator.verify",
+        "orchestrator.why",
     ),
     ("orchestrator.commands",),
 )

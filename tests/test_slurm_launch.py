@@ -7,19 +7,16 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
 from orchestrator.checkpoints import complete_checkpoints
-from orchestrator.config import compose
 from orchestrator.errors import RunError
 from orchestrator.events import StepEvent, read_events
 from orchestrator.files import read_json
-from orchestrator.launch import launch
-from orchestrator.plan import make_plan
 from orchestrator.reconcile import State
 from orchestrator.resume import prepare_resume
 from orchestrator.run_directory import RunDirectory
@@ -30,78 +27,19 @@ from orchestrator.slurm.take_over import settle_submission
 from orchestrator.status import read_status
 from tests.conftest import REPOSITORY, SMALL
 from tests.launched import step_of, wait_for, wait_to_end
-
-# On a machine of one's own; .ci/run installs both, and counts a skipped test as a failure.
-pytestmark = pytest.mark.skipif(
-    any(shutil.which(name, path="/usr/sbin:/usr/bin") is None for name in ("slurmctld", "munged")),
-    reason="a Slurm of our own needs Debian's slurm-wlm and munge",
+from tests.slurm_runs import (
+    begun,
+    forked_ranks,
+    job_of,
+    launch_on,
+    needs_slurm,
+    outcomes,
+    read_json_of,
+    state_of,
+    surviving_losses,
 )
-NAME = f"launch-{os.getpid()}"
 
-
-@pytest.fixture
-def start_slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Sandbox]]:
-    """Start a Slurm with its commands pointed at it, as a person's shell would have them."""
-    started: list[str] = []
-
-    def start(**options: int) -> Sandbox:
-        name = f"{NAME}-{len(started)}"
-        slurm = sandbox.start(name, **options)
-        started.append(name)
-        monkeypatch.setenv("SLURM_CONF", str(slurm.slurm_conf))
-        return slurm
-
-    yield start
-    for name in started:
-        sandbox.stop(name, patience_seconds=2)  # a dead node's job would not end for long
-
-
-def launch_on(runs: Path, corpus: Path, *overrides: str) -> RunDirectory:
-    settings = compose(
-        "demo-base",
-        [
-            *SMALL, f"data.train={corpus / 'train'}", f"data.validation={corpus / 'validation'}", f"paths.runs={runs}",
-            "name=on-slurm", "cluster=sandbox", "cluster.nodes=2", "tokens=100000000", *overrides,
-        ],
-    )  # fmt: skip
-    return launch(make_plan(settings), "a test")
-
-
-def begun(run: RunDirectory, number: int) -> Callable[[], bool]:
-    """Return whether the ranks of an attempt have done a step."""
-    return lambda: any(isinstance(event, StepEvent) for _, event in read_events(run.attempt(number).events))
-
-
-def surviving_losses(run: RunDirectory) -> dict[int, float]:
-    """Return the loss of each step as the newest attempt that did it told."""
-    return {
-        event.step: event.loss
-        for attempt in run.attempts()
-        for _, event in read_events(attempt.events)
-        if isinstance(event, StepEvent)
-    }
-
-
-def job_of(run: RunDirectory) -> str:
-    return str(run.submissions()[-1]["job_id"])
-
-
-def state_of(slurm: Sandbox, job: str) -> str:
-    return slurm.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
-
-
-def outcomes(run: RunDirectory) -> list[tuple[str, str]]:
-    found = [attempt.read_outcome() for attempt in run.attempts()]
-    return [(outcome["cause"], outcome["action"]) for outcome in found if outcome is not None]
-
-
-def forked_ranks(slurm: Sandbox) -> list[psutil.Process]:
-    """Return the ranks: the children of the preloaded process that runs inside the sandbox."""
-    for daemon in slurm.daemons:
-        for child in psutil.Process(daemon.process).children(recursive=True):
-            if "megatron_solar.preload" in child.cmdline() and "megatron_solar.preload" not in child.parent().cmdline():
-                return child.children()
-    return []
+pytestmark = needs_slurm
 
 
 def test_a_preempted_run_saves_goes_on_at_the_next_step_and_a_plain_scancel_saves_it_too(
@@ -130,10 +68,6 @@ def test_a_preempted_run_saves_goes_on_at_the_next_step_and_a_plain_scancel_save
     assert complete_checkpoints(run)[-1].step == status.step
     wait_for("Slurm's word", lambda: state_of(slurm, job_of(run)) == "CANCELLED", run)
     assert len(run.attempts()) == 2, "what a person cancels is not started again"
-
-
-def read_json_of(attempt: object) -> dict[str, object]:
-    return attempt.read_job() or {}  # type: ignore[attr-defined, no-any-return]
 
 
 def test_a_killed_rank_and_a_dead_node_are_survived_in_the_same_allocation_with_the_very_losses(

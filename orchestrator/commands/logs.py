@@ -74,13 +74,14 @@ def _wait_for_attempt(run: "RunDirectory") -> None:
 
 
 def _show_failures(attempt: "AttemptDirectory") -> None:
-    from orchestrator.files import read_json
+    from orchestrator.why import read_left
 
-    failures = sorted((read_json(path) for path in attempt.failures.glob("*.json")), key=lambda f: float(f["time"]))
+    left = read_left(attempt, (attempt.read_outcome() or {}).get("rank"))
+    failures = left.failures
     for failure in failures[:1]:
         when = f"after step {failure['step']}" if failure["step"] is not None else "before the first step"
         click.echo(f"rank {failure['rank']} on {failure['host']} failed first, {when}:")
-        click.echo(failure["traceback"])
+        click.echo(left.stacks or failure["traceback"])
     if len(failures) > 1:
         others = ", ".join(str(failure["rank"]) for failure in failures[1:9])
         click.echo(f"{len(failures) - 1} more failed after it: {others}")

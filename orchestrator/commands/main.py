@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "Show layout, memory, steps and cost of a recipe, without starting anything.",
     "launch": "Start a run.",
     "status": "Show where a run stands, or list all runs.",
+    "why": "Say why the attempts of a run ended, and what to do.",
     "logs": "Show what the ranks of a run wrote.",
     "cancel": "End a run, saving first.",
     "resume": "Go on with a run that ended.",

@@ -18,15 +18,16 @@ def command() -> None:
 @command.command(name="start", short_help="Start it.")
 @click.option("--nodes", type=click.IntRange(1, 512), default=32, show_default=True)
 @click.option("--gpus-per-node", type=click.IntRange(1, 16), default=8, show_default=True)
+@click.option("--accounting", is_flag=True, help="With slurmdbd and a database, so that sacct answers.")
 @NAME
 @AS_JSON
-def start_command(nodes: int, gpus_per_node: int, name: str, as_json: bool) -> None:
-    """Start slurmctld and a slurmd for each node; about a second."""
+def start_command(nodes: int, gpus_per_node: int, accounting: bool, name: str, as_json: bool) -> None:
+    """Start slurmctld and a slurmd for each node; about a second, with accounting four."""
     from orchestrator.screen import print_facts, print_json, print_next
     from orchestrator.slurm.sandbox import start
     from orchestrator.values import to_plain
 
-    sandbox = start(name, nodes=nodes, gpus_per_node=gpus_per_node)
+    sandbox = start(name, nodes=nodes, gpus_per_node=gpus_per_node, accounting=accounting)
     if as_json:
         print_json({**to_plain(sandbox), "slurm_conf": str(sandbox.slurm_conf)})
         return
@@ -37,6 +38,7 @@ def start_command(nodes: int, gpus_per_node: int, name: str, as_json: bool) -> N
             ("nodes", f"{nodes} x {gpus_per_node} fake GPUs"),
             ("isolation", isolation if sandbox.own_namespaces else "none: nodes share this machine's processes"),
             ("access", "its owner, by a munge key of its own; loopback interface only"),
+            ("accounting", "slurmdbd, with a database of its own" if sandbox.accounting else "none"),
             ("folder", sandbox.folder),
             ("use it", f"export SLURM_CONF={sandbox.slurm_conf}"),
         ],

@@ -1,0 +1,97 @@
+"""Have a job started again whose supervisor died with the first node.
+
+    python -m orchestrator.slurm.deputy RUN
+
+An agent becomes this where its supervisor is gone and has not said that it leaves. A job that outlives dead nodes
+(`--no-kill`) outlives its first one too: Slurm leaves it running, without a main process, until its time is over
+(seen with 22.05). A supervisor that lives renews the run's lock, and only cannot be reached from here.
+"""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from orchestrator.errors import OrchestrateError, SchedulerError
+from orchestrator.run_directory import FILE_MASK, RunDirectory
+from orchestrator.slurm.job import OwnJob, end_job, exclude_nodes, own_job, requeue
+from orchestrator.slurm.node_agent import node_name
+from orchestrator.slurm.storage import RENEWAL_SECONDS
+from orchestrator.slurm.take_over import LOCK_STALE_SECONDS
+
+TURN_SECONDS = 10.0
+"""How much longer each further node waits, so that one acts and the others find it done."""
+EXCLUDE_SECONDS = 20.0
+ASK_SECONDS = 10.0
+TRY_SECONDS = 3600.0
+
+log = logging.getLogger("deputy")
+
+
+def deputy_command(run: RunDirectory) -> list[str]:
+    """Return what an agent runs, with the run's own code; a list whose first word is a path."""
+    code = f"import sys; sys.path.insert(0, {str(run.code)!r}); from orchestrator.slurm.deputy import main; main()"
+    return [sys.executable, "-I", "-c", code, str(run.path)]
+
+
+def is_abandoned(lock: Path, seconds: float) -> bool:
+    """Wait, and return whether a run's lock was renewed by nobody for so long; not where it was released or taken."""
+    before = _state(lock)
+    until = time.monotonic() + seconds
+    while before is not None and time.monotonic() < until:
+        time.sleep(RENEWAL_SECONDS / 2)
+        if _state(lock) != before:
+            return False
+    return before is not None
+
+
+def _state(lock: Path) -> tuple[bytes, float] | None:
+    try:
+        with lock.open("rb") as stream:  # opening asks a network file system anew
+            return stream.read(), os.fstat(stream.fileno()).st_mtime
+    except OSError:
+        return None
+
+
+def start_again(run: RunDirectory, job: OwnJob) -> None:
+    """Requeue the job without its first node; where it must not be requeued, submit a successor and end it.
+
+    Raises:
+        SchedulerError: slurmctld refused or did not answer.
+    """
+    if requeue(job):
+        log.info("job %s is started again by Slurm", job.job_id)
+        log.info("Slurm will not give it %s", ", ".join(exclude_nodes(job, [job.host], EXCLUDE_SECONDS)))
+        return
+    from orchestrator.slurm.submission import submit
+
+    log.info("goes on as job %s", submit(run, by="supervisor"))
+    end_job(job)
+
+
+def main() -> None:
+    """Wait until the supervisor must be dead, then start its job again, however long Slurm takes to answer."""
+    os.umask(FILE_MASK)
+    run, job = RunDirectory(Path(sys.argv[1])), own_job()
+    if job is None or run.cancel_mark.exists():
+        return
+    form = f"%(asctime)sZ deputy on {node_name()} %(levelname)s %(message)s"  # srun died with the supervisor
+    logging.basicConfig(level=logging.INFO, format=form, filename=run.jobs / "deputy.log", force=True)
+    logging.Formatter.converter = time.gmtime
+    turn = max(0, int(os.environ.get("SLURM_NODEID", "1")) - 1)
+    log.info("hears nothing of the supervisor on %s", job.host)
+    if not is_abandoned(run.supervisor_lock, LOCK_STALE_SECONDS + turn * TURN_SECONDS):
+        log.info("the supervisor lives, or has left, or has a successor")
+        return
+    until = time.monotonic() + TRY_SECONDS
+    while time.monotonic() < until:
+        try:
+            start_again(run, job)
+            return
+        except SchedulerError as error:
+            log.warning("asks again in %.0f s: %s", ASK_SECONDS, error)
+        except OrchestrateError as error:
+            log.error("%s", error)
+            return
+        time.sleep(ASK_SECONDS)
