@@ -7,12 +7,14 @@ read is verified by one of them first. Nothing in a step is random (no dropout),
 state is needed; consumed samples follow from the step and stand in the marker.
 """
 
+import contextlib
 import dataclasses
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +86,14 @@ def owned_pieces(
 class CheckpointWriter:
     """Writes one rank's part of a checkpoint in a thread; one save at a time."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, watched: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext) -> None:
+        """Write the part of a rank.
+
+        Args:
+            watched: gives what surrounds the writing in the thread.
+        """
         self._rank = rank
+        self._watched = watched
         self._staging: Tensor | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -140,7 +148,8 @@ class CheckpointWriter:
 
     def _write(self, folder: Path, pieces: Sequence[StagedPiece], staged: Tensor) -> None:
         try:
-            write_part(folder, self._rank, pieces, staged)
+            with self._watched():
+                write_part(folder, self._rank, pieces, staged)
         except OSError as error:
             self._error = disk_full(folder, len(staged), error) if is_full(error) else error
         except BaseException as error:

@@ -7,6 +7,7 @@ CPU megatron's own with the RMSNorm below, since torch's wrapper refuses sequenc
 import dataclasses
 import importlib.util
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,14 +70,19 @@ class RMSNorm(torch.nn.Module):
         return self.weight * scaled.to(x_SBH.dtype)
 
 
-def initialize_parallel(layout: ParallelLayout, seed: int) -> None:
-    """Build the process groups of a layout; torch.distributed is initialized already."""
+def initialize_parallel(layout: ParallelLayout, seed: int, *, timeout_seconds: float = 1800) -> None:
+    """Build the process groups of a layout; torch.distributed is initialized already.
+
+    Args:
+        timeout_seconds: how long a collective in one of them may take, rounded up to minutes.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         virtual_pipeline_model_parallel_size=(
             layout.virtual_pipeline_parallel if layout.virtual_pipeline_parallel > 1 else None
         ),
+        distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
     )
     model_parallel_cuda_manual_seed(seed)
 

@@ -20,7 +20,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_solar.worker import node_name, own_address
+from megatron_solar.failures import node_name
+from megatron_solar.worker import own_address
 from orchestrator.files import read_json, write_json
 from orchestrator.run_directory import FILE_MASK
 

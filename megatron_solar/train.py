@@ -20,7 +20,9 @@ from torch import Tensor
 from megatron_solar import compat
 from megatron_solar.checkpoint import CheckpointWriter, disk_full, load_newest
 from megatron_solar.data import Samples, open_samples
+from megatron_solar.hang_watch import HangWatch, Phase, connection_seconds
 from megatron_solar.replica import Replica, build_replica, weight_source
+from megatron_solar.stacks import waits_for_others
 from orchestrator.checkpoints import (
     MARKER,
     VISIBLE_SECONDS,
@@ -61,7 +63,9 @@ class NotFiniteError(ArithmeticError):
     """The loss or the gradient norm is NaN or infinite."""
 
 
-def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, worker_started: float) -> str:
+def train(
+    run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, worker_started: float, watch: HangWatch
+) -> str:
     """Train from the newest checkpoint, or from the base, until the plan is done or a stop is asked for.
 
     Collective over all ranks of the layout; torch.distributed is initialized already.
@@ -71,7 +75,7 @@ def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, w
     """
     settings, layout = plan.settings, plan.layout
     device = settings.cluster.device
-    compat.initialize_parallel(layout, settings.training.seed)
+    compat.initialize_parallel(layout, settings.training.seed, timeout_seconds=connection_seconds(settings.patience))
     tell = EventWriter(attempt)
     samples = open_samples(
         settings.data,
@@ -100,7 +104,7 @@ def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, w
             start_seconds=time.time() - worker_started,
         )
     )
-    writer = CheckpointWriter(torch.distributed.get_rank())
+    writer = CheckpointWriter(torch.distributed.get_rank(), watch.saving)
     save = functools.partial(_save, run, attempt, plan, replica, samples, writer, tell)
     validate = functools.partial(_validate, plan, replica, samples, tell)
     repeats = RepeatedSteps(recorded_losses(earlier_attempts(run, attempt), plan, step), step, tell)
@@ -132,9 +136,13 @@ def train(run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, *, w
         repeats.compare(step, loss)
 
         if step == plan.total_steps or step % settings.training.validation_interval_steps == 0:
+            watch.enter(Phase.VALIDATION, step)
             validate(step)
         if step == plan.total_steps or stop_reason or step % settings.checkpoint.interval_steps == 0:
+            watch.enter(Phase.SAVE, step)
             save(step)
+        watch.enter(Phase.STEP, step)
+    watch.enter(Phase.SAVE, step)
     writer.wait()
     repeats.finish()
     reason = "finished" if step == plan.total_steps else stop_reason
@@ -251,6 +259,7 @@ def _share_of_mean(losses: Sequence[Tensor], plan: TrainingPlan) -> float:
     return float(torch.stack(list(losses)).double().mean()) / plan.layout.data_parallel
 
 
+@waits_for_others
 def _sum_over_ranks(first: float, second: float, plan: TrainingPlan) -> tuple[float, float]:
     """Add two numbers over all ranks in one small all-reduce."""
     numbers = torch.tensor([first, second], dtype=torch.float64).to(plan.settings.cluster.device)

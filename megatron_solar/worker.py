@@ -7,6 +7,7 @@ a record with rank, host, step and traceback before it ends.
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -17,6 +18,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_solar.failures import record_failure
+from megatron_solar.hang_watch import HangWatch, connection_seconds
+from megatron_solar.stacks import waits_for_others
 from orchestrator import exit_codes
 from orchestrator.errors import CheckpointError, ConfigError, DataError, DiskFullError, ModelFolderError
 from orchestrator.files import is_full, read_json, write_json
@@ -24,12 +28,15 @@ from orchestrator.packages import package_versions
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.run_directory import FILE_MASK, AttemptDirectory, RunDirectory
 
-RENDEZVOUS_SECONDS = 600
+NEEDS_LESS = (
+    "less memory is needed with a smaller layout.micro_batch_size, or with more layout.tensor_parallel or "
+    "layout.pipeline_parallel"
+)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one rank and return its exit code."""
-    started = time.time()
+    started, began = time.time(), time.monotonic()
     os.umask(FILE_MASK)
     parser = argparse.ArgumentParser(prog="worker")
     parser.add_argument("run", type=Path)
@@ -45,10 +52,15 @@ def main(arguments: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", module=r"(torch|megatron)\.")
     run = RunDirectory(options.run)
     attempt = run.attempt(options.attempt)
+    watch: HangWatch | None = None
     try:
         plan = read_plan(attempt.plan)
-        reason = _run_rank(run, attempt, plan, options.rank, options.local_rank, started)
+        watch = HangWatch(run, attempt, options.rank, plan.settings.patience, began=began)
+        watch.start()
+        reason = _run_rank(run, attempt, plan, options.rank, options.local_rank, started, watch)
     except BaseException as error:
+        if watch is not None:
+            watch.yield_to_hang()
         code = _exit_code(error)
         _record_failure(attempt, options.rank, error, code)
         return code
@@ -56,7 +68,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run_rank(
-    run: RunDirectory, attempt: AttemptDirectory, plan: TrainingPlan, rank: int, local_rank: int, started: float
+    run: RunDirectory,
+    attempt: AttemptDirectory,
+    plan: TrainingPlan,
+    rank: int,
+    local_rank: int,
+    started: float,
+    watch: HangWatch,
 ) -> str:
     import torch
 
@@ -79,20 +97,25 @@ def _run_rank(
             stack.enter_context(cuda_calls_on_cpu())
         from megatron_solar.train import train
 
-        join(attempt, rank, plan.layout.world_size, "gloo" if on_cpu else "nccl")
-        return train(run, attempt, plan, worker_started=started)
+        seconds = connection_seconds(plan.settings.patience)
+        join(attempt, rank, plan.layout.world_size, "gloo" if on_cpu else "nccl", seconds)
+        return train(run, attempt, plan, worker_started=started, watch=watch)
 
 
-def join(attempt: AttemptDirectory, rank: int, world_size: int, backend: str) -> None:
+@waits_for_others
+def join(attempt: AttemptDirectory, rank: int, world_size: int, backend: str, seconds: float) -> None:
     """Initialize torch.distributed; rank 0 listens on a free port and says where in the attempt's folder.
 
     So no port has to be chosen before, none can be taken, and no node name has to resolve.
+
+    Args:
+        seconds: how long ranks wait for one another, here and in every collective.
     """
     from datetime import timedelta
 
     import torch.distributed
 
-    timeout = timedelta(seconds=RENDEZVOUS_SECONDS)
+    timeout = timedelta(seconds=seconds)
     if rank == 0:
         host = own_address()
         store = torch.distributed.TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
@@ -102,14 +125,12 @@ def join(attempt: AttemptDirectory, rank: int, world_size: int, backend: str) ->
         # The folder is read anew, since a network file system remembers for long that a name was not there.
         while attempt.rendezvous.name not in os.listdir(attempt.path):  # noqa: PTH208
             waited = time.monotonic() - began
-            if waited > RENDEZVOUS_SECONDS:
-                raise TimeoutError(
-                    f"rank 0 did not say where it listens within {RENDEZVOUS_SECONDS} s: {attempt.rendezvous}"
-                )
+            if waited > seconds:
+                raise TimeoutError(f"rank 0 did not say where it listens within {seconds:.0f} s: {attempt.rendezvous}")
             time.sleep(min(0.5, 0.02 + waited / 10))  # hundreds of ranks look
         where = read_json(attempt.rendezvous)
         store = torch.distributed.TCPStore(where["host"], where["port"], world_size, is_master=False, timeout=timeout)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def own_address() -> str:
@@ -125,28 +146,16 @@ def own_address() -> str:
         return str(probe.getsockname()[0])
 
 
-def node_name() -> str:
-    """Return Slurm's name of this node, or the host's."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 def _record_failure(attempt: AttemptDirectory, rank: int, error: BaseException, code: int) -> None:
-    text = "".join(traceback.format_exception(error))
-    record = {
-        "rank": rank,
-        "host": node_name(),
-        "time": time.time(),
-        "step": last_step(attempt),
-        "exit_code": code,
-        "error": type(error).__name__,
-        "message": str(error),
-        "traceback": text,
-    }
-    # A full disk may take neither; the exit code then says what happened.
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
-    with contextlib.suppress(OSError):
-        write_json(attempt.rank_failure(rank), record)
+    record_failure(
+        attempt,
+        rank,
+        step=last_step(attempt),
+        exit_code=code,
+        error=type(error).__name__,
+        message="; ".join(filter(None, [str(error), NEEDS_LESS if code == exit_codes.OUT_OF_MEMORY else ""])),
+        traceback="".join(traceback.format_exception(error)),
+    )
 
 
 def last_step(attempt: AttemptDirectory) -> int | None:
@@ -168,7 +177,14 @@ def _exit_code(error: BaseException) -> int:
         return exit_codes.BAD_CONFIG
     if type(error).__name__ == "NotFiniteError":
         return exit_codes.NOT_FINITE
-    return exit_codes.EXCEPTION
+    return exit_codes.OUT_OF_MEMORY if _is_out_of_memory(error) else exit_codes.EXCEPTION
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: of Python, of torch on a device or on the CPU, or of a mapped file."""
+    is_torchs = isinstance(error, RuntimeError) and ": can't allocate memory" in str(error)  # no class of its own
+    is_the_systems = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return is_torchs or is_the_systems or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ class PatienceSettings:
     validation_seconds: Free[float] = 1800
     save_seconds: Free[float] = 1800
     """Of a save until a rank's part is on disk, also while training goes on."""
-    storage_seconds: Free[float] = 120
+    storage_seconds: Free[float] = 300
     """How long the run's folder may fail or not answer before the ranks are given up."""
 
 

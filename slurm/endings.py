@@ -40,7 +40,7 @@ _TASK = re.compile(r"^srun: error: ([^\s:]+): tasks? ([0-9]+)[-,0-9]*: (.+?)\s*$
 _NODE = re.compile(r"^srun: error: Node failure on (\S+)", re.MULTILINE)
 _LAUNCH = re.compile(r"^srun: error: Task launch for \S+ failed on node ([^\s:]+): (.+?)\s*$", re.MULTILINE)
 _OUT_OF_MEMORY = re.compile(
-    r"^(?:srun|slurmstepd\S*): error: .*?((?:Detected \d+ )?oom[-_ ]kill.*?|Out Of Memory)\s*$",
+    r"^(?:srun|slurmstepd\S*): error: .*?((?:Detected \d+ )?oom.kill.*?|Out Of Memory)\s*$",
     re.MULTILINE | re.IGNORECASE,
 )
 _PHASES = {"start": "its start", "step": "a step", "validation": "a validation", "save": "a save"}
@@ -113,7 +113,8 @@ def explain_ending(
     hung = [record for record in records if record["exit_code"] == exit_codes.HANG]
     known = [record for record in records if record["exit_code"] not in (exit_codes.EXCEPTION, exit_codes.HANG)]
     known += [record for record in hung if not _waits(record)]
-    killed = [] if known else [rank for rank, code in sorted(first.items()) if code > 128]
+    is_srun = bool(ranks_on)  # its code, the largest, tells of no single rank; after a hang it is that of our own kill
+    killed = [] if known or (hung and is_srun) else [rank for rank, code in sorted(first.items()) if code > 128]
     if words and not records and srun is None and asked is None and set(codes.values()) - {exit_codes.FINISHED}:
         # Also srun's 255 for what it refuses, which is no signal.
         return AttemptEnding(cause=Cause.START_FAILED, message=f"srun: {words}", exit_codes=codes)
@@ -121,7 +122,7 @@ def explain_ending(
         message = f"asked to stop ({asked}), ended before it could save"
         return AttemptEnding(cause=asked, message=message, exit_codes=codes)
     if not known:
-        ending = _killed_for_memory(first, srun, host, killed_for_memory)
+        ending = _killed_for_memory({} if is_srun else first, srun, host, killed_for_memory)
         if ending is not None:
             return dataclasses.replace(ending, exit_codes=codes)
     if srun is not None and srun.rank is None and not known:
@@ -136,7 +137,7 @@ def explain_ending(
         return AttemptEnding(cause=Cause.RANK_KILLED, message=message, rank=killed[0], host=host, exit_codes=codes)
     if hung and (not known or known[0] in hung):
         told = {int(record["rank"]) for record in records}
-        if not ranks_on:  # srun's code tells of no single rank
+        if not is_srun:
             told |= {rank for rank, code in codes.items() if code in (exit_codes.FINISHED, exit_codes.SAVED_AND_LEFT)}
         nodes = ranks_on or [host]
         silent = {rank: nodes[rank * len(nodes) // world_size] for rank in range(world_size) if rank not in told}
@@ -178,8 +179,8 @@ def _hang(hung: Sequence[Mapping[str, Any]], silent: Mapping[int, str]) -> Attem
     if culprit is None and silent:
         rank, node = next(iter(silent.items()))
         message = (
-            f"rank {rank} on {node} told nothing while {_count(len(waiting), 'rank')} waited{_where(waiting[0])}: it is "
-            "stopped, or stuck in native code or in the kernel; its log may hold its stacks"
+            f"rank {rank} on {node} told nothing while {_count(len(waiting), 'rank')} waited{_where(waiting[0])}: "
+            "it is stopped, or stuck in native code or in the kernel; its log may hold its stacks"
         )
         if len(silent) > 1:
             message += f"; {_count(len(silent) - 1, 'other rank')} told nothing either"

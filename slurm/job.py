@@ -160,9 +160,11 @@ def requeue(job: OwnJob) -> bool:
     try:
         run_command(["scontrol", "requeue", job.job_id])
     except SchedulerError:
-        if job_facts(job.job_id) is None:
-            raise  # it was no refusal
-        return False
+        # Was it refused, or done: its TERM reaches everything that the job's main process has started, scontrol too.
+        facts = job_facts(job.job_id) or job_facts(job.job_id)
+        if facts is None:
+            raise
+        return facts.restarts > job.restarts
     return True
 
 

@@ -165,7 +165,14 @@ def run_command(command: list[str]) -> str:
         SchedulerError: it refused, or did not answer in time.
     """
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+            check=False,
+            process_group=0,  # the TERM of a requeue that the supervisor asks for is not for who asks
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SchedulerError(f"`{' '.join(command)}` did not answer: {error}") from error
     if result.returncode:

@@ -34,16 +34,8 @@ from orchestrator.run_directory import FILE_MASK, AttemptDirectory, RunDirectory
 from orchestrator.slurm.allocation import Allocation, describe
 from orchestrator.slurm.endings import AttemptEnding
 from orchestrator.slurm.history import decide_on, excluded_nodes, newest_step
-from orchestrator.slurm.job import (
-    OwnJob,
-    end_job,
-    exclude_nodes,
-    job_facts,
-    nodes_of_partition,
-    own_job,
-    record_of_node,
-    requeue,
-)
+from orchestrator.slurm.job import OwnJob, end_job, own_job, record_of_node, requeue
+from orchestrator.slurm.leaving import go_on_in_another_job, nodes_to_leave
 from orchestrator.slurm.lost import close_lost, steps_of
 from orchestrator.slurm.memory import OwnMemory
 from orchestrator.slurm.node_agent import node_name
@@ -51,17 +43,10 @@ from orchestrator.slurm.rank_watch import RankWatch
 from orchestrator.slurm.ranks import Preload, Ranks, start_ranks
 from orchestrator.slurm.stop_requests import StopRequests
 from orchestrator.slurm.storage import Storage, logging_aside
-from orchestrator.slurm.submission import code_environment, submit
+from orchestrator.slurm.submission import code_environment
 from orchestrator.slurm.take_over import settle_submission, take_run
 
 LOOK_SECONDS = 1.0
-REQUEUE_SECONDS = 600.0
-"""How long a slurmctld that does not answer is asked again to start the job anew."""
-RETRY_SECONDS = 10.0
-TERM_SECONDS = 5.0
-"""How long the TERM of a requeue may take."""
-EXCLUDE_SECONDS = 20.0
-"""How long Slurm is asked to exclude nodes; it kills us before, where its KillWait is shorter."""
 EVIDENCE_CHARACTERS = 2000
 SHIPPER_SECONDS = 120.0
 SHIPPER_SECONDS_BEFORE_MORE = 3.0
@@ -195,6 +180,8 @@ class Supervisor:
         bad = self._nodes.bad if self._nodes is not None else {}
         for node, why in bad.items():
             self._note("node", f"{node}: {why}")
+        excluded, refusal = nodes_to_leave(self._run, self._plan, self._job, bad)
+        self._note("slurm", refusal)
         job = attempt.read_job() or {}
         ended = time.time()
         checking = self._nodes.checking if self._nodes is not None else None
@@ -215,11 +202,12 @@ class Supervisor:
             "exit_codes": {str(rank): code for rank, code in sorted(watched.exit_codes.items())},
             "action": decision.action,
             "why": decision.why,
-            "excluded": self._to_exclude(bad) if decision.action == Action.REQUEUE else [],
+            "excluded": excluded,
             "evidence": self._evidence,
         }
         if watched.cause == Cause.SUPERSEDED:
-            return decision  # who has the run now writes down how this attempt ended
+            log.info("attempt %d is not ours any more: %s", attempt.number, watched.message)
+            return decision  # who has the run now writes down how it ended
         write_json(attempt.outcome, outcome)
         log.info("attempt %d ended: %s (%s); %s: %s", attempt.number, watched.cause, watched.message,
                  decision.action, decision.why)  # fmt: skip
@@ -256,13 +244,13 @@ class Supervisor:
                 ranks.kill()
             if isinstance(error, StorageError):
                 return self._wait_for_storage(error)
+            if not self._lock.is_mine():
+                return AttemptEnding(cause=Cause.SUPERSEDED, message=str(error))
             log.exception("the supervisor failed")
             self._note("supervisor", traceback.format_exc())
             cause = Cause.SUPERVISOR_FAILED
             if is_full(error):
                 cause = Cause.DISK_FULL
-            elif not self._lock.is_mine():
-                cause = Cause.SUPERSEDED
             elif isinstance(error, OrchestrateError) and not isinstance(error, SchedulerError):
                 cause = Cause.EXCEPTION  # it says what to do, and would come again
             return AttemptEnding(cause=cause, message=f"the supervisor failed: {type(error).__name__}: {error}")
@@ -284,22 +272,6 @@ class Supervisor:
         """Keep a piece of evidence for the outcome."""
         if text:
             self._evidence.append({"source": source, "text": text[-EVIDENCE_CHARACTERS:]})
-
-    def _to_exclude(self, bad: Mapping[str, str]) -> list[str]:
-        """Return the nodes that the next job must not get; none where too few others are in the partition."""
-        wanted = list(dict.fromkeys([*excluded_nodes(self._run), *bad]))
-        if not wanted or self._job is None:
-            return []
-        try:
-            facts = job_facts(self._job.job_id)
-            everywhere = nodes_of_partition(facts.partition) if facts is not None else ()
-        except SchedulerError:
-            return wanted
-        site = self._plan.settings.cluster.slurm.exclude
-        if everywhere and len(set(everywhere) - {*wanted, *site}) < self._plan.settings.cluster.nodes:
-            self._note("slurm", f"{', '.join(wanted)} cannot be left out: the partition has too few other nodes")
-            return []
-        return wanted
 
     def _check_ownership(self) -> None:
         """Every second: whether the run is still ours.
@@ -371,38 +343,11 @@ class Supervisor:
             shipper.wait()
 
     def _requeue(self) -> None:
-        """Have the run go on in another job: this one started again, or a successor where that is not allowed.
-
-        Neither gets the nodes that were bad here.
-        """
         if self._run.cancel_mark.exists():
             log.info("cancelled meanwhile; does not go on")
             return
         self._lock.release()  # for the supervisor of the next job
-        until = time.monotonic() + REQUEUE_SECONDS
-        while True:
-            try:
-                if self._job is not None and requeue(self._job):
-                    log.info("job %s is started again by Slurm", self._job.job_id)
-                    self._exclude(self._job)
-                    self._stops.wait_for_term(TERM_SECONDS)  # a job that ends before it is one that has completed
-                else:
-                    log.info("goes on as job %s", submit(self._run, by="supervisor"))
-                return
-            except SchedulerError as error:  # a successor that came to be nevertheless leaves for a newer one
-                if time.monotonic() > until or self._run.cancel_mark.exists():
-                    raise
-                log.warning("asks again in %.0f s: %s", RETRY_SECONDS, error)
-                time.sleep(RETRY_SECONDS)
-
-    def _exclude(self, job: OwnJob) -> None:
-        """Keep the requeued job off the nodes that were bad here; Slurm gives us until its KILL for that."""
-        nodes = excluded_nodes(self._run)
-        if nodes:
-            try:
-                log.info("Slurm will not give it %s", ", ".join(exclude_nodes(job, nodes, EXCLUDE_SECONDS)))
-            except SchedulerError as error:  # the next supervisor avoids them where it can
-                log.warning("%s", error)
+        go_on_in_another_job(self._run, self._job, self._stops)
 
 
 def main(path: str, number: int) -> int:

@@ -1,5 +1,6 @@
 """What ended the ranks: a table of records, of srun's words, and of exit codes."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -40,6 +41,14 @@ def record(rank: int, code: int, time: float = 1.0, step: int | None = 5) -> dic
     }  # fmt: skip
 
 
+def hang(rank: int, time: float = 1.0, *, waits: bool, phase: str = "step", step: int | None = 5) -> dict[str, Any]:
+    stands = {
+        "phase": phase, "seconds": 12.3, "waits_for_others": waits, "at": "checkpoint_files.py:88 in write_part",
+        "stacks": f"stacks/rank_{rank:04d}.txt", "flight_record": None,
+    }  # fmt: skip
+    return {**record(rank, exit_codes.HANG, time, step), "error": "Hang", "message": "stood", "stands": stands}
+
+
 def explain(
     *records: dict[str, Any],
     codes: dict[int, int],
@@ -47,10 +56,13 @@ def explain(
     srun: str = "",
     first: dict[int, int] | None = None,
     is_killed_late: bool = False,
+    ranks_on: Sequence[str] = (),
+    killed_for_memory: Mapping[str, str] | None = None,
 ) -> AttemptEnding:
     return explain_ending(
         records, codes if first is None else first, codes, asked=asked, srun=first_srun_failure(srun),
-        is_killed_late=is_killed_late, host="here",
+        is_killed_late=is_killed_late, host="here", world_size=4, ranks_on=ranks_on,
+        killed_for_memory=killed_for_memory or {},
     )  # fmt: skip
 
 
@@ -180,3 +192,123 @@ def test_a_local_rank_is_named_by_its_signal() -> None:
     ending = explain(codes={0: 1, 1: 137})
     assert (ending.cause, ending.rank, ending.host) == (Cause.RANK_KILLED, 1, "here")
     assert "SIGKILL" in ending.message
+
+
+NODES = ("n001", "n002")
+
+
+@pytest.mark.parametrize(
+    ("records", "rank", "host", "message"),
+    [
+        pytest.param(
+            [hang(0, waits=True), hang(2, waits=True), hang(1, waits=False, phase="save", step=8), hang(3, waits=True)],
+            1, "n002",
+            "rank 1 on n002 stood for 12 s in a save (step 8): checkpoint_files.py:88 in write_part; "
+            "3 ranks waited for it",
+            id="the one that waits for nobody",
+        ),
+        pytest.param(
+            [hang(1, waits=False, phase="start", step=None)], 1, "n002",
+            "rank 1 on n002 stood for 12 s in its start: checkpoint_files.py:88 in write_part",
+            id="nobody waited",
+        ),
+        pytest.param(
+            [hang(0, waits=True), hang(1, waits=True), hang(3, waits=True)], 2, "n002",
+            "rank 2 on n002 told nothing while 3 ranks waited for 12 s in a step after step 5: it is stopped, or stuck "
+            "in native code or in the kernel; its log may hold its stacks",
+            id="the one that tells nothing",
+        ),
+        pytest.param(
+            [hang(3, waits=True), record(2, exit_codes.EXCEPTION)], 0, "n001",
+            "rank 0 on n001 told nothing while 1 rank waited for 12 s in a step after step 5: it is stopped, or stuck "
+            "in native code or in the kernel; its log may hold its stacks; 1 other rank told nothing either",
+            id="several that tell nothing",
+        ),
+        pytest.param(
+            [hang(2, waits=True), *(hang(rank, 2.0, waits=True) for rank in (0, 1, 3))], 2, "n003",
+            "rank 2 on n003 stood for 12 s in a step after step 5: checkpoint_files.py:88 in write_part; "
+            "every rank waits for others",
+            id="all wait",
+        ),
+        pytest.param(
+            [record(0, exit_codes.EXCEPTION, 0.5), hang(1, waits=False), record(2, exit_codes.EXCEPTION, 2.0)],
+            1, "n002",
+            "rank 1 on n002 stood for 12 s in a step after step 5: checkpoint_files.py:88 in write_part",
+            id="lost connections of others",
+        ),
+    ],
+)  # fmt: skip
+def test_a_hang_is_the_one_ranks_for_which_others_waited(
+    records: list[dict[str, Any]], rank: int, host: str, message: str
+) -> None:
+    ending = explain(*records, codes={0: 143}, ranks_on=NODES)
+    assert (ending.cause, ending.rank, ending.host, ending.message) == (Cause.HANG, rank, host, message)
+
+
+def test_a_local_rank_that_ended_well_is_not_one_that_tells_nothing() -> None:
+    codes = {0: exit_codes.HANG, 1: exit_codes.FINISHED, 2: 137, 3: exit_codes.HANG}
+    ending = explain(hang(0, waits=True), hang(3, waits=True), codes=codes, first={0: exit_codes.HANG})
+    assert (ending.cause, ending.rank, ending.host) == (Cause.HANG, 2, "here")
+
+
+@pytest.mark.parametrize(
+    ("others", "codes", "srun", "cause"),
+    [
+        ([record(2, exit_codes.BAD_DATA, 2.0)], {0: 143}, "", Cause.BAD_DATA),  # a rank that knows more
+        ([], {0: 137}, NODE_LOST, Cause.NODE_FAILED),
+        ([], {0: 137}, KILLED, Cause.RANK_KILLED),
+    ],
+)
+def test_ranks_that_waited_for_what_is_known_are_no_hang(
+    others: list[dict[str, Any]], codes: dict[int, int], srun: str, cause: Cause
+) -> None:
+    assert explain(hang(0, waits=True), *others, codes=codes, srun=srun, ranks_on=NODES).cause == cause
+
+
+def test_an_old_start_whose_rank_left_is_superseded() -> None:
+    ending = explain(record(0, exit_codes.SUPERSEDED), record(1, exit_codes.EXCEPTION, 2.0), codes={0: 78, 1: 1})
+    assert (ending.cause, ending.rank) == (Cause.SUPERSEDED, 0)
+
+
+# In the manner of Slurm's sources, 21.08 to 24.05, where cgroups limit a job's memory; not seen here.
+OUT_OF_MEMORY = """slurmstepd: error: Detected 1 oom-kill event(s) in StepId=7.1. Some tasks have been OOM Killed.
+srun: error: n003: task 2: Out Of Memory
+srun: Terminating StepId=7.1
+"""
+KILLED_FOR_MEMORY = """slurmstepd-n003: error: Detected 1 oom_kill event in StepId=7.1. Some tasks have been OOM Killed.
+srun: error: n003: task 2: Killed
+"""
+WORDS = "1 process was killed for memory there (oom_kill of /proc/vmstat rose from 0 to 1)"
+
+
+@pytest.mark.parametrize(
+    ("srun", "by_node", "cause", "message"),
+    [
+        (KILLED, {"n003": WORDS}, Cause.OUT_OF_MEMORY, f"rank 2 on n003 was killed for memory: {WORDS}"),
+        (KILLED, {"n002": WORDS}, Cause.RANK_KILLED, "rank 2 on n003 ended without a word: Killed"),
+        (OUT_OF_MEMORY, {}, Cause.OUT_OF_MEMORY, "rank 2 on n003 was killed for memory: srun: Out Of Memory"),
+        (OUT_OF_MEMORY, {"n003": WORDS}, Cause.OUT_OF_MEMORY, f"rank 2 on n003 was killed for memory: {WORDS}"),
+        (
+            KILLED_FOR_MEMORY, {}, Cause.OUT_OF_MEMORY,
+            "rank 2 on n003 was killed for memory: srun: Killed: Detected 1 oom_kill event in StepId=7.1. Some "
+            "tasks have been OOM Killed.",
+        ),
+        (NODE_LOST, {"n002": WORDS}, Cause.NODE_FAILED, "node n002: Slurm has lost the node"),
+    ],
+)  # fmt: skip
+def test_a_rank_that_was_killed_for_memory_is_told_from_one_that_was_killed(
+    srun: str, by_node: dict[str, str], cause: Cause, message: str
+) -> None:
+    peer = record(1, exit_codes.EXCEPTION)
+    ending = explain(peer, codes={0: 137}, srun=srun, ranks_on=NODES, killed_for_memory=by_node)
+    assert (ending.cause, ending.message) == (cause, message)
+
+
+def test_a_local_rank_that_was_killed_for_memory_is_said_to_be() -> None:
+    ending = explain(codes={0: 1, 1: 137}, killed_for_memory={"here": WORDS})
+    assert (ending.cause, ending.rank, ending.host) == (Cause.OUT_OF_MEMORY, 1, "here")
+    assert explain(codes={0: 1, 1: 134}, killed_for_memory={"here": WORDS}).cause == Cause.RANK_KILLED
+
+
+def test_a_rank_that_tells_of_its_memory_itself_is_believed() -> None:
+    assert explain(record(1, exit_codes.OUT_OF_MEMORY), codes={0: 137}).cause == Cause.OUT_OF_MEMORY

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestrator import exit_codes
 from orchestrator.checkpoints import MARKER, complete_checkpoints
 from orchestrator.events import StepEvent, read_events
 from orchestrator.files import read_json
@@ -21,7 +22,7 @@ from orchestrator.slurm import sandbox
 from orchestrator.slurm.sandbox import Sandbox
 from orchestrator.slurm.scheduler import local_process, warn_of_time_limit
 from tests.launched import processes_of, wait_for, wait_to_end
-from tests.slurm_runs import begun, job_of, launch_on, needs_slurm, outcomes, read_json_of, state_of
+from tests.slurm_runs import begun, forked_ranks, job_of, launch_on, needs_slurm, outcomes, read_json_of, state_of
 from tests.test_supervisor import ranks_of
 
 pytestmark = needs_slurm
@@ -67,6 +68,7 @@ def test_a_requeue_leaves_the_dead_node_behind_and_so_does_slurm_when_it_was_the
     assert outcome["saved_step"] >= 4
     assert any(second[0] in piece["text"] for piece in outcome["evidence"])
     assert not {first[1], second[0], "n005"} & set(read_json(run.attempt(3).checks / "choice.json")["nodes"])
+    assert set(excluded_by_slurm(slurm, run).split(",")) == {first[1], second[0], "n005"}
 
 
 @pytest.fixture
@@ -227,3 +229,33 @@ def test_a_killed_supervisor_is_named_with_slurms_record_and_the_run_is_resumed(
     assert (outcome["cause"], outcome["action"]) == ("supervisor_lost", "stop")
     assert any("ExitCode=0:9" in piece["text"] for piece in outcome["evidence"]), outcome["evidence"]
     assert steps_told(run.attempt(2))[0] == outcome["saved_step"] + 1
+
+
+def test_ranks_that_outlive_slurmd_commit_nothing_once_the_job_runs_elsewhere(
+    start_slurm: Callable[..., Sandbox], tmp_path: Path, corpus: Path
+) -> None:
+    slurm = start_slurm(nodes=4)
+    run = launch_on(tmp_path / "runs", corpus, "checkpoint.interval_steps=4", "cluster.checks.enabled=false")
+    wait_for("a checkpoint", has_saved(run, 1), run)
+    first, other = read_json(run.attempt(1).checks / "choice.json")["nodes"]
+    (supervisor,) = [p for p in processes_of(run) if "orchestrator.slurm.supervisor" in p.cmdline()]
+    ranks = forked_ranks(slurm)
+    supervisor.suspend()  # nobody tells its ranks to end
+    for node in (first, other):
+        sandbox.kill_slurmd(slurm, node)
+    slurm.ask("scontrol", "requeue", job_of(run))
+    wait_for("the second attempt's checkpoint", has_saved(run, 2), run)
+    wait_for("the old ranks' end", lambda: not any(map(is_alive, ranks)), run)
+    assert read_json(run.attempt(1).rank_failure(0))["exit_code"] == exit_codes.SUPERSEDED
+    supervisor.resume()
+    wait_for("the old supervisor's end", lambda: not is_alive(supervisor), run)
+    outcome = read_json(run.attempt(1).outcome)
+    assert (outcome["cause"], outcome["host"], outcome["action"]) == ("node_failed", first, "requeue")
+    begun_at = read_json(run.attempt(2).job)["started"]
+    late = [c.name for c in complete_checkpoints(run) if c.facts.attempt == 1 and c.facts.written > begun_at]
+    assert not late and len(steps_told(run.attempt(1))) > outcome["saved_step"], "they trained on, and nothing counts"
+    assert steps_told(run.attempt(2))[0] == outcome["saved_step"] + 1
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

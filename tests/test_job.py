@@ -1,5 +1,7 @@
 """What Slurm says of the supervisor's own job, and what that means."""
 
+import dataclasses
+
 import pytest
 
 from orchestrator.exit_codes import Cause
@@ -28,6 +30,9 @@ def test_scontrols_words_are_read() -> None:
         restarts=1, is_preempted=True
     )
     assert facts_in(REQUEUED.replace("Reason=None", "Reason=TimeLimit")) == facts(restarts=1, is_over_time=True)
+    listed = REQUEUED.replace("Power=", "Partition=gpu ExcNodeList=n003,n[005-006] Power=")
+    assert facts_in(listed) == dataclasses.replace(facts(restarts=1), partition="gpu", excluded="n003,n[005-006]")
+    assert facts_in(REQUEUED.replace("Power=", "ExcNodeList=(null) Power=")) == facts(restarts=1)
     assert facts_in("slurm_load_jobs error: Invalid job id specified") is None
     assert facts_in("") is None
 

@@ -19,6 +19,7 @@ import pytest
 from orchestrator.errors import RunError
 from orchestrator.settings import ClusterSettings, NodeCheckSettings
 from orchestrator.slurm import node_agent, sandbox
+from orchestrator.slurm.memory import killed_since
 from orchestrator.slurm.node_checks import Finding, judge
 from orchestrator.slurm.node_watch import NodeWatch
 from orchestrator.slurm.sandbox import Sandbox
@@ -98,6 +99,54 @@ def test_nodes_that_are_fit_report_every_check_and_leave_when_the_supervisor_doe
     assert [process.wait(timeout=5) for process in agents.processes.values()] == [0, 0, 0]
     with pytest.raises(RunError, match="the node watch has ended"):  # rather than that all is well
         watch.silent()
+
+
+HOSTS_A_WATCH = """
+import json, sys
+from pathlib import Path
+from orchestrator.settings import ClusterSettings
+from orchestrator.slurm.node_watch import NodeWatch
+cluster = ClusterSettings(name="test", scheduler="slurm", device="cpu", one_machine=True)
+with NodeWatch(["a"], cluster, Path(sys.argv[1]), [sys.executable, "-c", f"open({sys.argv[2]!r}, 'w')"]) as watch:
+    print(json.dumps([watch.agent_command(sys.executable), watch.agent_environment()]), flush=True)
+    assert watch.wait_for_reports(["a"], 30)["a"].is_complete
+    print("heard", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_an_agent_becomes_the_deputy_of_a_supervisor_that_is_gone_and_of_none_that_leaves(
+    tmp_path: Path, is_killed: bool
+) -> None:
+    acted = tmp_path / "acted"
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", HOSTS_A_WATCH, str(tmp_path / "nodes"), str(acted)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert supervisor.stdin is not None and supervisor.stdout is not None
+    command, environment = json.loads(supervisor.stdout.readline())
+    agent = subprocess.Popen(command, env={**os.environ, **environment, "SLURMD_NODENAME": "a"})
+    try:
+        assert supervisor.stdout.readline() == "heard\n"
+        if is_killed:
+            supervisor.kill()
+        supervisor.stdin.close()
+        assert agent.wait(timeout=30) == 0
+        assert acted.exists() == is_killed
+    finally:
+        for process in (supervisor, agent):
+            process.kill()
+            process.wait()
+        supervisor.stdout.close()
+
+
+def test_agents_tell_how_many_processes_their_kernel_has_killed_for_memory(tmp_path: Path, agents: Agents) -> None:
+    with NodeWatch(LOCAL, CLUSTER, tmp_path / "nodes") as watch:
+        agents.start(watch, LOCAL)
+        wait_until("three beats", lambda: len(watch.oom_kills()) == 3)
+        assert set(watch.oom_kills().values()) == {node_agent.oom_kills()}
+    assert killed_since({"a": 1, "b": 1}, {"a": 1, "b": 3, "c": 9}).keys() == {"b"}
 
 
 def test_a_check_that_hangs_holds_up_no_other_and_a_sites_own_is_named_with_its_last_line(

@@ -20,17 +20,14 @@ from orchestrator.plan import make_plan
 from orchestrator.reconcile import State
 from orchestrator.run_directory import RunDirectory
 from orchestrator.settings import RunSettings
-from orchestrator.slurm import sandbox
+from orchestrator.slurm import sandbox, sandbox_files
 from orchestrator.slurm.sandbox import Sandbox
 from orchestrator.status import read_status
 from tests.conftest import REPOSITORY, SMALL
 from tests.launched import step_of, wait_for, wait_to_end
+from tests.slurm_runs import needs_slurm
 
-# On a machine of one's own; .ci/run installs both, and counts a skipped test as a failure.
-pytestmark = pytest.mark.skipif(
-    any(shutil.which(name, path="/usr/sbin:/usr/bin") is None for name in ("slurmctld", "munged")),
-    reason="a Slurm of our own needs Debian's slurm-wlm and munge",
-)
+pytestmark = needs_slurm
 NODES = 4
 NAME = f"test-{os.getpid()}"
 
@@ -147,6 +144,79 @@ def test_a_killed_node_takes_what_runs_on_it_along_and_slurm_notices() -> None:
         sandbox.stop(name)
 
 
+def test_a_node_whose_slurmd_dies_keeps_what_runs_on_it_and_dies_with_it_later() -> None:
+    name = f"{NAME}-h"
+    started = sandbox.start(name, nodes=2)
+    try:
+        if not started.own_namespaces:
+            pytest.skip("a node that outlives its slurmd needs root")
+        started.ask("sbatch", "--nodelist=n002", "--output=/dev/null", "--wrap", "(sleep 601 &) ; sleep 600")
+        node = psutil.Process(next(daemon for daemon in started.daemons if daemon.name == "n002").process)
+
+        def running(*arguments: str) -> list[psutil.Process]:
+            return [child for child in node.children(recursive=True) if child.cmdline() == list(arguments)]
+
+        wait_until(lambda: bool(running("sleep", "600")) and bool(running("sleep", "601")))
+        sandbox.kill_slurmd(started, "n002")
+        (job,), (orphan,) = running("sleep", "600"), running("sleep", "601")
+        orphan.kill()
+        assert psutil.wait_procs([orphan], timeout=10)[1] == [], "the node's init reaps what nobody waits for"
+        with pytest.raises(SchedulerError, match="no living slurmd on n002"):
+            sandbox.kill_slurmd(started, "n002")
+        sandbox.kill_node(started, "n002")
+        assert psutil.wait_procs([job], timeout=10)[1] == []
+    finally:
+        sandbox.stop(name, patience_seconds=1)  # the job of a dead node does not end for long
+
+
+def test_a_controller_that_died_comes_back_with_its_jobs_under_the_same_configuration() -> None:
+    name = f"{NAME}-i"
+    started = sandbox.start(name, nodes=2)
+    try:
+        job = started.ask("sbatch", "--parsable", "--output=/dev/null", "--wrap", "sleep 600").strip()
+        wait_until(lambda: started.ask("squeue", "--noheader", "--format=%T").strip() == "RUNNING")
+        saved, changed = Path(started.folder) / "state" / "job_state", time.time()
+        started.ask("scontrol", "update", f"jobid={job}", "comment=later")
+        wait_until(lambda: saved.stat().st_mtime > changed)  # what it has not saved it will not know
+        configuration = started.slurm_conf.read_text()
+        sandbox.stop_controller(started)
+        with pytest.raises(SchedulerError, match="no living slurmctld"):
+            sandbox.stop_controller(started)
+        later = sandbox.start_controller(started)
+        assert later == sandbox.find(name)
+        assert sorted(daemon.name for daemon in later.daemons) == sorted(daemon.name for daemon in started.daemons)
+        assert later.ask("squeue", "--noheader", "--format=%A %T").split() == [job, "RUNNING"]
+        assert started.slurm_conf.read_text() == configuration
+        with pytest.raises(SchedulerError, match="runs already"):
+            sandbox.start_controller(later)
+        sandbox.stop_controller(later)
+    finally:
+        sandbox.stop(name, patience_seconds=1)  # also without a controller
+    assert not Path(started.folder).exists()
+
+
+def test_accounting_keeps_jobs_for_sacct_until_it_dies(tmp_path: Path) -> None:
+    name = f"{NAME}-j"
+    started = sandbox.start(name, nodes=2, accounting=True)
+    try:
+        job = started.ask("sbatch", "--parsable", "--output=/dev/null", "--wrap", "true").strip()
+        kept = ("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=State")
+        wait_until(lambda: started.ask(*kept).strip() == "COMPLETED")
+        listening = {
+            connection.laddr.ip
+            for process in processes_of(started)
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        assert listening == {"127.0.0.1"}
+        sandbox.stop_accounting(started)
+        with pytest.raises(SchedulerError, match="sacct"):
+            started.ask(*kept, seconds=60)
+        assert set(sandbox.node_states(started).values()) == {"idle"}
+    finally:
+        sandbox.stop(name)
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -162,7 +232,7 @@ def test_what_cannot_be_started_is_refused(arguments: dict[str, object], problem
 
 def test_a_machine_without_slurm_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(sandbox, "SBIN", ())
+    monkeypatch.setattr(sandbox_files, "SBIN", ())
     with pytest.raises(SchedulerError, match="apt-get install --no-install-recommends slurm-wlm munge"):
         sandbox.start(f"{NAME}-f")
 

@@ -1,0 +1,80 @@
+"""How a run goes on in another job, and without the nodes that were bad in this one."""
+
+import logging
+import time
+from collections.abc import Iterable
+
+from orchestrator.errors import SchedulerError
+from orchestrator.plan import TrainingPlan
+from orchestrator.run_directory import RunDirectory
+from orchestrator.slurm.history import excluded_nodes
+from orchestrator.slurm.job import OwnJob, exclude_nodes, job_facts, nodes_of_partition, requeue
+from orchestrator.slurm.stop_requests import StopRequests
+from orchestrator.slurm.submission import submit
+
+REQUEUE_SECONDS = 600.0
+"""How long a slurmctld that does not answer is asked again to start the job anew."""
+RETRY_SECONDS = 10.0
+TERM_SECONDS = 5.0
+"""How long the TERM of a requeue may take."""
+EXCLUDE_SECONDS = 20.0
+"""How long Slurm is asked to exclude nodes; it kills us before, where its KillWait is shorter."""
+
+log = logging.getLogger("supervisor")
+
+
+def nodes_to_leave(
+    run: RunDirectory, plan: TrainingPlan, job: OwnJob | None, bad: Iterable[str]
+) -> tuple[list[str], str]:
+    """Return the nodes that the next job must not get, those of earlier jobs included.
+
+    Returns:
+        none where too few others are in the partition, with why in the second place.
+    """
+    wanted = list(dict.fromkeys([*excluded_nodes(run), *bad]))
+    if not wanted or job is None:
+        return [], ""
+    cluster = plan.settings.cluster
+    try:
+        facts = job_facts(job.job_id)
+        if facts is None:
+            return wanted, ""
+        everywhere = nodes_of_partition(facts.partition)
+    except SchedulerError:
+        return wanted, ""
+    if len(set(everywhere) - {*wanted, *cluster.slurm.exclude}) < cluster.nodes:
+        return [], f"{', '.join(wanted)} cannot be left out: partition {facts.partition} has too few other nodes"
+    return wanted, ""
+
+
+def go_on_in_another_job(run: RunDirectory, job: OwnJob | None, stops: StopRequests) -> None:
+    """Have this job started again, or a successor where that is not allowed; slurmctld is asked for some minutes.
+
+    Raises:
+        SchedulerError: it did not answer, or refused.
+    """
+    until = time.monotonic() + REQUEUE_SECONDS
+    while True:
+        try:
+            if job is not None and requeue(job):
+                log.info("job %s is started again by Slurm", job.job_id)
+                _exclude(run, job)
+                stops.wait_for_term(TERM_SECONDS)  # a job that ends before it is one that has completed
+            else:
+                log.info("goes on as job %s", submit(run, by="supervisor"))
+            return
+        except SchedulerError as error:  # a successor that came to be nevertheless leaves for a newer one
+            if time.monotonic() > until or run.cancel_mark.exists():
+                raise
+            log.warning("asks again in %.0f s: %s", RETRY_SECONDS, error)
+            time.sleep(RETRY_SECONDS)
+
+
+def _exclude(run: RunDirectory, job: OwnJob) -> None:
+    """Keep the requeued job off the nodes that were bad; Slurm gives us until its KILL for that."""
+    nodes = excluded_nodes(run)
+    if nodes:
+        try:
+            log.info("Slurm will not give it %s", ", ".join(exclude_nodes(job, nodes, EXCLUDE_SECONDS)))
+        except SchedulerError as error:  # the next supervisor avoids them where it can
+            log.warning("%s", error)
