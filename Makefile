@@ -9,7 +9,7 @@ SET_UP := $(VENV)/.set-up
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check wheel-check clean
+.PHONY: help demo test faults check soak wheel-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -19,8 +19,11 @@ demo: $(SET_UP)  ## set-up, then the whole path on this machine: about 5 minutes
 	@echo
 	@echo "For your own work: $(VENV)/bin/orchestrate --help, or 'source $(VENV)/bin/activate' and then orchestrate."
 
-test: $(SET_UP)  ## set-up, then every test: about 30 minutes on two cores
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+# Two at a time: they wait more than they compute. What a file shares is made once for it.
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+test: $(SET_UP)  ## set-up, then every test but the slow faults: about 20 minutes on two cores
+	$(PYTEST) -m "not fault" $(PYTEST_ARGS)
 	@echo
 	@echo "For your own work: $(VENV)/bin/orchestrate --help, or 'source $(VENV)/bin/activate' and then orchestrate."
 
@@ -28,6 +31,12 @@ check: $(SET_UP)  ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+faults: $(SET_UP)  ## every fault caused once, as root: about 10 minutes on two cores
+	$(PYTEST) -m fault $(PYTEST_ARGS)
+
+soak: $(SET_UP)  ## a run that meets a random chain of faults, as root; SOAK_ARGS="--seed N --faults 10"
+	$(VENV)/bin/python -m tests.soak $(SOAK_ARGS)
 
 wheel-check: $(SET_UP)  ## build sdist and wheel, install them into a clean environment, and work there
 	$(VENV)/bin/python tests/wheel_check.py $(TORCH)

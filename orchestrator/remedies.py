@@ -128,8 +128,9 @@ REMEDIES: Mapping[Cause, Remedy] = {
     ),
     Cause.NODE_FAILED: Remedy(
         meaning="Nothing is heard of a node any more, or Slurm has lost it.",
-        by_itself="Ranks start again in the same allocation on a spare node (`cluster.spare_nodes`); without one the "
-        "job is requeued, and that node is excluded from the next.",
+        by_itself="Ranks start again in the same allocation on a spare node (`cluster.spare_nodes`); without one a "
+        "successor job is submitted that excludes the node. Where it was the first node, and the supervisor died with "
+        "it, an agent on another does that after a minute.",
         lost=SINCE_THE_LAST,
         actions=(
             "tell the site about {node}: `scontrol show node {node}`",

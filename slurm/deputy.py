@@ -1,4 +1,4 @@
-"""Have a job started again whose supervisor died with the first node.
+"""Have a run go on whose supervisor died with the first node of its job.
 
     python -m orchestrator.slurm.deputy RUN
 
@@ -14,15 +14,18 @@ import time
 from pathlib import Path
 
 from orchestrator.errors import OrchestrateError, SchedulerError
+from orchestrator.plan import read_plan
+from orchestrator.recovery import Action
 from orchestrator.run_directory import FILE_MASK, RunDirectory
-from orchestrator.slurm.job import OwnJob, end_job, exclude_nodes, own_job, requeue
+from orchestrator.slurm.job import OwnJob, end_job, own_job, requeue
+from orchestrator.slurm.lost import close_lost
 from orchestrator.slurm.node_agent import node_name
 from orchestrator.slurm.storage import RENEWAL_SECONDS
+from orchestrator.slurm.submission import UnknownSubmissionError, submit
 from orchestrator.slurm.take_over import LOCK_STALE_SECONDS
 
 TURN_SECONDS = 10.0
 """How much longer each further node waits, so that one acts and the others find it done."""
-EXCLUDE_SECONDS = 20.0
 ASK_SECONDS = 10.0
 TRY_SECONDS = 3600.0
 
@@ -54,24 +57,33 @@ def _state(lock: Path) -> tuple[bytes, float] | None:
         return None
 
 
-def start_again(run: RunDirectory, job: OwnJob) -> None:
-    """Requeue the job without its first node; where it must not be requeued, submit a successor and end it.
+def take_over(run: RunDirectory, job: OwnJob) -> None:
+    """Write down how the attempt ended, and have the run go on in a successor of this job, or end it.
+
+    A requeue would keep the job's place in the queue, but Slurm's KILL comes before the dead node can be excluded.
 
     Raises:
         SchedulerError: slurmctld refused or did not answer.
     """
-    if requeue(job):
-        log.info("job %s is started again by Slurm", job.job_id)
-        log.info("Slurm will not give it %s", ", ".join(exclude_nodes(job, [job.host], EXCLUDE_SECONDS)))
-        return
-    from orchestrator.slurm.submission import submit
-
-    log.info("goes on as job %s", submit(run, by="supervisor"))
-    end_job(job)
+    witness = f"nothing was heard from {job.host} on {node_name()}, and for {LOCK_STALE_SECONDS:.0f} s nobody has "
+    decision = close_lost(run, read_plan(run.plan), job, witness + "renewed the run's lock")
+    if decision is not None and decision.action == Action.STOP:
+        log.info("ends job %s: %s", job.job_id, decision.why)
+        return end_job(job)
+    try:
+        log.info("goes on as job %s", submit(run, by="supervisor"))
+    except UnknownSubmissionError:
+        raise  # one more makes no second run: the older one leaves
+    except SchedulerError as error:
+        log.warning("%s", error)
+        if requeue(job):
+            log.info("job %s is started again by Slurm", job.job_id)
+        return None
+    return end_job(job)
 
 
 def main() -> None:
-    """Wait until the supervisor must be dead, then start its job again, however long Slurm takes to answer."""
+    """Wait until the supervisor must be dead, then act, however long Slurm takes to answer."""
     os.umask(FILE_MASK)
     run, job = RunDirectory(Path(sys.argv[1])), own_job()
     if job is None or run.cancel_mark.exists():
@@ -79,15 +91,19 @@ def main() -> None:
     form = f"%(asctime)sZ deputy on {node_name()} %(levelname)s %(message)s"  # srun died with the supervisor
     logging.basicConfig(level=logging.INFO, format=form, filename=run.jobs / "deputy.log", force=True)
     logging.Formatter.converter = time.gmtime
+    attempt = run.attempts()[-1]
     turn = max(0, int(os.environ.get("SLURM_NODEID", "1")) - 1)
     log.info("hears nothing of the supervisor on %s", job.host)
     if not is_abandoned(run.supervisor_lock, LOCK_STALE_SECONDS + turn * TURN_SECONDS):
         log.info("the supervisor lives, or has left, or has a successor")
         return
+    if attempt.outcome.exists() or run.attempts()[-1].number != attempt.number:
+        log.info("attempt %d is over already", attempt.number)
+        return
     until = time.monotonic() + TRY_SECONDS
     while time.monotonic() < until:
         try:
-            start_again(run, job)
+            take_over(run, job)
             return
         except SchedulerError as error:
             log.warning("asks again in %.0f s: %s", ASK_SECONDS, error)

@@ -18,7 +18,7 @@ from orchestrator.slurm.scheduler import run_command
 
 UNKNOWN_KILL_WAIT_SECONDS = 30.0
 """Slurm's default for what it leaves between TERM and KILL."""
-RETRY_SECONDS = 0.2
+RETRY_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,18 +181,18 @@ def exclude_nodes(job: OwnJob, nodes: Sequence[str], seconds: float) -> tuple[st
     """
     deadline = time.monotonic() + seconds
     while True:
-        facts = job_facts(job.job_id)
-        excluded = expand(facts.excluded) if facts is not None and facts.excluded else ()
-        if facts is not None and set(nodes) <= set(excluded):
-            return excluded
-        refusal = "it did not answer"
-        if facts is not None:
-            try:
+        refusal = "it does not answer"
+        try:
+            # The TERM of the requeue may end any of these commands; the next try finds what was done.
+            facts = job_facts(job.job_id)
+            if facts is not None:
+                excluded = expand(facts.excluded) if facts.excluded else ()
+                if set(nodes) <= set(excluded):
+                    return excluded
                 everything = ",".join(sorted({*excluded, *nodes}))
                 run_command(["scontrol", "update", f"jobid={job.job_id}", f"ExcNodeList={everything}"])
-                continue
-            except SchedulerError as error:
-                refusal = str(error)
+        except SchedulerError as error:
+            refusal = str(error)
         if time.monotonic() > deadline:
             raise SchedulerError(f"Slurm does not exclude {', '.join(nodes)} from job {job.job_id}: {refusal}")
         time.sleep(RETRY_SECONDS)

@@ -47,8 +47,14 @@ def nodes_to_leave(
     return wanted, ""
 
 
-def go_on_in_another_job(run: RunDirectory, job: OwnJob | None, stops: StopRequests) -> None:
+def go_on_in_another_job(
+    run: RunDirectory, job: OwnJob | None, stops: StopRequests, *, has_dead_node: bool = False
+) -> None:
     """Have this job started again, or a successor where that is not allowed; slurmctld is asked for some minutes.
+
+    Args:
+        has_dead_node: whether a node of the job has just died. Slurm starts the job again only once it has seen that
+            itself, after SlurmdTimeout, by default 300 s; a successor starts at once.
 
     Raises:
         SchedulerError: it did not answer, or refused.
@@ -56,12 +62,15 @@ def go_on_in_another_job(run: RunDirectory, job: OwnJob | None, stops: StopReque
     until = time.monotonic() + REQUEUE_SECONDS
     while True:
         try:
-            if job is not None and requeue(job):
+            if job is not None and not has_dead_node and requeue(job):
                 log.info("job %s is started again by Slurm", job.job_id)
                 _exclude(run, job)
                 stops.wait_for_term(TERM_SECONDS)  # a job that ends before it is one that has completed
             else:
-                log.info("goes on as job %s", submit(run, by="supervisor"))
+                successor = submit(run, by="supervisor")
+                facts = job_facts(successor) if job is not None else None
+                without = f", without {facts.excluded}" if facts is not None and facts.excluded else ""
+                log.info("goes on as job %s%s", successor, without)
             return
         except SchedulerError as error:  # a successor that came to be nevertheless leaves for a newer one
             if time.monotonic() > until or run.cancel_mark.exists():

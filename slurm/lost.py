@@ -8,20 +8,22 @@ from orchestrator.attempt_record import attempt_record, last_heard
 from orchestrator.events import StartEvent, StepEvent, read_events
 from orchestrator.exit_codes import Cause
 from orchestrator.files import write_json
+from orchestrator.plan import TrainingPlan
 from orchestrator.recovery import Action, Decision, Ending
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
-from orchestrator.settings import RunSettings
 from orchestrator.slurm.history import attempts_since_a_person, decide_on, newest_step
 from orchestrator.slurm.job import OwnJob, record_of, record_of_node
+from orchestrator.slurm.leaving import nodes_to_leave
 
 _STEPD = re.compile(r"^slurmstepd: error: \*\*\* (?:JOB|STEP) [0-9.a-z]+ ON \S+ .*$", re.MULTILINE)
 
 
-def close_lost(run: RunDirectory, settings: RunSettings, job: OwnJob | None) -> Decision | None:
+def close_lost(run: RunDirectory, plan: TrainingPlan, job: OwnJob | None, witness: str = "") -> Decision | None:
     """Give the newest attempt an outcome if it has none; nobody else will.
 
     Args:
         job: in which the run goes on.
+        witness: how it is known that the supervisor's node is dead, where Slurm may not know yet.
 
     Returns:
         what would follow, where it goes on without a person; None where nothing was lost or a person started it.
@@ -31,12 +33,14 @@ def close_lost(run: RunDirectory, settings: RunSettings, job: OwnJob | None) -> 
     record = lost.read_job() if lost is not None else None
     if lost is None or record is None or lost.read_outcome() is not None:
         return None
-    cause, message, host, evidence = why_lost(run, record, job)
+    cause, message, host, evidence = why_lost(run, record, job, witness)
     saved, ended = newest_step(run), last_heard(lost) or time.time()
     goes_on_by_itself = lost.number in [attempt.number for attempt in attempts_since_a_person(run)]
     decision = Decision(action=Action.STOP, why="nothing followed until a person resumed the run")
     if goes_on_by_itself:
-        decision = decide_on(run, lost, Ending(cause=cause, saved_step=saved, enough_nodes=False), settings)
+        decision = decide_on(run, lost, Ending(cause=cause, saved_step=saved, enough_nodes=False), plan.settings)
+    excluded, refusal = nodes_to_leave(run, plan, job, [host] if cause == Cause.NODE_FAILED and host else [])
+    evidence += [{"source": "slurm", "text": refusal}] if refusal else []
     write_json(
         lost.outcome,
         {
@@ -54,7 +58,7 @@ def close_lost(run: RunDirectory, settings: RunSettings, job: OwnJob | None) -> 
             "exit_codes": {},
             "action": decision.action,
             "why": decision.why,
-            "excluded": [host] if cause == Cause.NODE_FAILED and host else [],
+            "excluded": excluded,
             "evidence": evidence,
         },
     )
@@ -68,13 +72,14 @@ def steps_of(attempt: AttemptDirectory) -> dict[str, int | None]:
 
 
 def why_lost(
-    run: RunDirectory, record: dict[str, Any], job: OwnJob | None
+    run: RunDirectory, record: dict[str, Any], job: OwnJob | None, witness: str = ""
 ) -> tuple[Cause, str, str | None, list[dict[str, str]]]:
     """Return cause, message, node and evidence of an attempt whose supervisor wrote nothing down.
 
     Args:
         record: the attempt's job.json.
         job: in which the run goes on.
+        witness: as for `close_lost`.
     """
     process = f"process {record['process']} on {record['host']}"
     if job is None or record["scheduler"] != "slurm":
@@ -87,8 +92,10 @@ def why_lost(
     for path in sorted(run.jobs.glob(f"{record['job_id']}_*.out")):
         lines = _STEPD.findall(path.read_text(errors="replace"))
         evidence += [{"source": "slurm", "text": line} for line in lines[-1:]]
-    if is_node_lost or "JobState=NODE_FAIL" in of_job:
-        message = f"node {node}, where the supervisor ran, died; Slurm started the job again"
+    if witness:
+        evidence.append({"source": "node", "text": witness})
+    if witness or is_node_lost or "JobState=NODE_FAIL" in of_job:
+        message = f"node {node}, where the supervisor ran, died"
         return Cause.NODE_FAILED, message, node, evidence
     if "JobState=OUT_OF_MEMORY" in of_job:
         return Cause.OUT_OF_MEMORY, f"the job was killed for memory, with the supervisor, {process}", node, evidence

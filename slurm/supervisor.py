@@ -71,6 +71,8 @@ class Supervisor:
         self._preload: Preload | None = None
         self._nodes = Allocation(run, self._plan, job, excluded_nodes(run)) if job is not None else None
         self._evidence: list[dict[str, str]] = []
+        self._has_dead_node = False
+        """Whether the newest attempt ended by a node's death."""
 
     def main(self) -> int:
         """Run attempts until the run is finished, stopped, or goes on in another job."""
@@ -79,7 +81,7 @@ class Supervisor:
             write_atomic(self._run.reserve, os.urandom(RESERVE_BYTES))  # zeros may take no space
         try:
             self._mark_left_over()
-            decision = close_lost(self._run, self._plan.settings, self._job)
+            decision = close_lost(self._run, self._plan, self._job)
             if decision is not None and decision.action == Action.STOP:
                 log.error("does not start again: %s", decision.why)
                 return 1
@@ -169,6 +171,7 @@ class Supervisor:
             self._nodes.suspect(watched.host)
             if watched.cause == Cause.NODE_FAILED:
                 self._nodes.drop(watched.host, watched.message.removeprefix(f"node {watched.host}: "))
+        self._has_dead_node = watched.cause == Cause.NODE_FAILED
         enough = self._nodes is None or self._nodes.has_enough()
         ending = Ending(cause=watched.cause, saved_step=newest_step(self._run), enough_nodes=enough)
         decision = decide_on(self._run, attempt, ending, self._plan.settings)
@@ -347,7 +350,7 @@ class Supervisor:
             log.info("cancelled meanwhile; does not go on")
             return
         self._lock.release()  # for the supervisor of the next job
-        go_on_in_another_job(self._run, self._job, self._stops)
+        go_on_in_another_job(self._run, self._job, self._stops, has_dead_node=self._has_dead_node)
 
 
 def main(path: str, number: int) -> int:

@@ -56,6 +56,13 @@ def state_of(slurm: Sandbox, job: str) -> str:
     return slurm.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
 
+def excluded_by_slurm(slurm: Sandbox, run: RunDirectory) -> set[str]:
+    """Return the nodes that a run's job must not get, by Slurm's record."""
+    shown = slurm.ask("scontrol", "show", "job", "--oneliner", job_of(run)).split()
+    listed = next(word.removeprefix("ExcNodeList=") for word in shown if word.startswith("ExcNodeList="))
+    return set(slurm.ask("scontrol", "show", "hostnames", listed).split())
+
+
 def outcomes(run: RunDirectory) -> list[tuple[str, str]]:
     found = [attempt.read_outcome() for attempt in run.attempts()]
     return [(outcome["cause"], outcome["action"]) for outcome in found if outcome is not None]

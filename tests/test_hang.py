@@ -64,6 +64,7 @@ def stacks_of(attempt: AttemptDirectory, rank: int) -> str:
     return text
 
 
+@pytest.mark.fault
 def test_a_rank_that_hangs_in_a_step_is_named_with_its_place_and_the_run_ends_as_if_undisturbed(
     start: Callable[..., RunDirectory], undisturbed: list[float]
 ) -> None:
@@ -91,6 +92,7 @@ def test_a_rank_that_hangs_in_a_step_is_named_with_its_place_and_the_run_ends_as
     assert surviving_losses(run) == undisturbed
 
 
+@pytest.mark.fault
 def test_a_rank_that_hangs_in_a_save_is_named_though_training_went_on(
     start: Callable[..., RunDirectory], undisturbed: list[float]
 ) -> None:
@@ -116,6 +118,7 @@ def test_a_rank_that_hangs_in_a_save_is_named_though_training_went_on(
     assert surviving_losses(run) == undisturbed
 
 
+@pytest.mark.fault
 def test_a_rank_that_hangs_before_the_first_step_is_told_from_the_one_that_waits_for_it(
     start: Callable[..., RunDirectory],
 ) -> None:
@@ -137,6 +140,7 @@ def test_a_rank_that_hangs_before_the_first_step_is_told_from_the_one_that_waits
     assert wait_to_end(run).state == State.FINISHED
 
 
+@pytest.mark.fault
 def test_a_stopped_rank_that_tells_nothing_is_named_by_those_that_waited(start: Callable[..., RunDirectory]) -> None:
     # With pipelines the other waits in a call of megatron's, not of torch.distributed.
     run = start(*TWO_RANKS, *PATIENCE, "layout.pipeline_parallel=2", steps=60)

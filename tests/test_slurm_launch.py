@@ -29,6 +29,7 @@ from tests.conftest import REPOSITORY, SMALL
 from tests.launched import step_of, wait_for, wait_to_end
 from tests.slurm_runs import (
     begun,
+    excluded_by_slurm,
     forked_ranks,
     job_of,
     launch_on,
@@ -111,21 +112,26 @@ def _has_saved(run: RunDirectory, number: int) -> bool:
     return any(checkpoint.facts.attempt == number for checkpoint in complete_checkpoints(run))
 
 
-def test_a_node_that_fails_a_check_is_named_and_the_run_starts_without_it(
+def test_a_node_that_fails_a_check_is_named_and_the_run_starts_without_it_and_is_not_given_it_again(
     start_slurm: Callable[..., Sandbox], tmp_path: Path, corpus: Path
 ) -> None:
-    start_slurm(nodes=3)
+    slurm = start_slurm(nodes=4)
     site = 'cluster.checks.own={rack_power: "test $SLURMD_NODENAME != n003 || { echo PSU 2 is out; exit 1; }"}'
-    run = launch_on(tmp_path / "runs", corpus, site, "cluster.spare_nodes=1", "training.tokens=1280")
-    status = wait_to_end(run)
-    assert (status.state, status.attempts) == (State.FINISHED, 1)
+    options = ("cluster.spare_nodes=1", "cluster.slurm.exclude=[n004]")
+    run = launch_on(tmp_path / "runs", corpus, site, *options, "training.tokens=128000")
+    wait_for("step 5", lambda: step_of(run) >= 5, run)
     choice = read_json(run.attempt(1).checks / "choice.json")
     assert choice["nodes"] == ["n001", "n002"]
     assert list(choice["dropped"]) == ["n003"]
     assert "rack_power" in choice["dropped"]["n003"] and "PSU 2 is out" in choice["dropped"]["n003"]
+
+    slurm.ask("scancel", "--batch", "--signal=USR2", job_of(run))
+    wait_for("the second attempt's steps", begun(run, 2), run)
     outcome = read_json(run.attempt(1).outcome)
-    assert outcome["ranks_on"] == ["n001", "n002"]
+    assert (outcome["ranks_on"], outcome["excluded"]) == (["n001", "n002"], ["n003"])
     assert outcome["ledger"]["seconds"]["checking"] > 0
+    assert excluded_by_slurm(slurm, run) == {"n003", "n004"}, "the user's own are still there"
+    assert read_json_of(run.attempt(2))["restart_count"] == 1
 
 
 def test_a_job_that_must_not_be_requeued_goes_on_in_a_successor(
