@@ -83,8 +83,8 @@ class StopRequests:
             said = (
                 "Slurm did not say what for"
                 if facts is None
-                else f"the job was {facts.state} and had been started again {facts.restarts} times, this start is "
-                f"number {self._job.restarts}"
+                else f"the job was {facts.state}, Slurm counted {facts.restarts} restarts, at this start it was "
+                f"{self._job.restarts}"
             )
             self.heard.append(f"taken for {why}: {said}")
             self._ask(why, heard + KILL_WAIT_SHARE * self._kill_wait_seconds - time.monotonic())

@@ -263,3 +263,33 @@ def test_ranks_that_outlive_slurmd_commit_nothing_once_the_job_runs_elsewhere(
 
 def is_alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_stopped_rank_a_preemption_with_grace_and_an_administrators_requeue_have_each_its_cause(
+    start_slurm: Callable[..., Sandbox], tmp_path: Path, corpus: Path
+) -> None:
+    slurm = start_slurm(nodes=2)
+    options = ("cluster.partition=graceful", "cluster.checks.enabled=false", "patience.step_seconds=10")
+    run = launch_on(tmp_path / "runs", corpus, "checkpoint.interval_steps=4", *options)
+    wait_for("a checkpoint", has_saved(run, 1), run)
+    forked_ranks(slurm)[1].suspend()
+    wait_for("the second attempt's steps", begun(run, 2), run)
+    hung = read_json(run.attempt(1).outcome)
+    assert (hung["cause"], hung["action"], hung["rank"], hung["host"]) == ("hang", "restart", 1, hung["ranks_on"][1])
+    assert "told nothing while 1 rank waited" in hung["message"]
+
+    slurm.ask("sbatch", f"--partition={sandbox.URGENT}", "--nodes=2", "--exclusive", "--output=/dev/null",
+              "--wrap", "sleep 1")  # fmt: skip
+    wait_for("the third attempt's steps", begun(run, 3), run)
+    slurm.ask("scontrol", "requeue", job_of(run))
+    wait_for("the fourth attempt's steps", begun(run, 4), run)
+    assert outcomes(run)[1:] == [("preempted", "requeue")] * 2
+    for number in (2, 3):
+        outcome = read_json(run.attempt(number).outcome)
+        assert outcome["saved_step"] == outcome["last_step"], "all that was done is saved"
+        assert steps_told(run.attempt(number + 1))[0] == outcome["last_step"] + 1
+        assert any("taken for preempted" in piece["text"] for piece in outcome["evidence"])
+    assert [read_json(run.attempt(number).job)["restart_count"] for number in (1, 2, 3, 4)] == [0, 0, 1, 2]
+    cancel(run)
+    assert wait_to_end(run).state == State.CANCELLED
+    wait_for("Slurm's word", lambda: state_of(slurm, job_of(run)) == "CANCELLED", run)
