@@ -1,4 +1,4 @@
-"""Ship a run's events to MLflow, once or until an attempt has ended: `python -m orchestrator.tracking RUN`.
+"""Ship a run's events to MLflow, once or until its attempts have ended: `python -m orchestrator.tracking RUN`.
 
 Training never speaks to the tracking store: rank 0 and the supervisor append events to files, and a
 shipper, the supervisor's child or `orchestrate ui`, reads them from a stored offset. Of several
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from orchestrator.errors import OrchestrateError, TrackingError
 from orchestrator.owner_lock import hold
+from orchestrator.recovery import Action
 from orchestrator.run_directory import RunDirectory
 from orchestrator.shipment import Shipment, ShipReport
 from orchestrator.tracking_store import load_mlflow, store_of, store_problem, without_password
@@ -100,7 +101,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Ship a run once, or follow one of its attempts to its end."""
     parser = argparse.ArgumentParser(prog="python -m orchestrator.tracking", description=main.__doc__)
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--follow", type=int, metavar="ATTEMPT", help="ship until this attempt has ended")
+    parser.add_argument(
+        "--follow",
+        type=int,
+        metavar="ATTEMPT",
+        help="ship until this attempt has ended, or one that was started after it in the same job",
+    )
+    parser.add_argument("--parent", type=int, default=os.getppid(), metavar="PID", help="end with this process")
     parser.add_argument("--interval", type=float, default=INTERVAL_SECONDS, metavar="SECONDS")
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)sZ tracking %(levelname)s %(message)s")
@@ -118,12 +125,18 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     os.nice(10)
-    outcome, parent = run.attempt(chosen.follow).outcome, os.getppid()
     # A supervisor that was killed writes no outcome; its child is then somebody else's.
-    last = follow(run, lambda: outcome.exists() or os.getppid() != parent, chosen.interval)
+    last = follow(run, lambda: is_over(run, chosen.follow) or os.getppid() != chosen.parent, chosen.interval)
     if last is not None:
         log.info("MLflow has run %s", last.run_id)
     return 0
+
+
+def is_over(run: RunDirectory, number: int) -> bool:
+    """Return whether an attempt has ended, and was not started again in the same job."""
+    newest = run.attempts()[-1]
+    outcome = newest.read_outcome()
+    return newest.number >= number and outcome is not None and outcome["action"] != Action.RESTART
 
 
 def _ship_when_free(run: RunDirectory) -> ShipReport:

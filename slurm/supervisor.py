@@ -71,6 +71,7 @@ class Supervisor:
         self._preload: Preload | None = None
         self._nodes = Allocation(run, self._plan, job, excluded_nodes(run)) if job is not None else None
         self._evidence: list[dict[str, str]] = []
+        self._shipper: subprocess.Popen[bytes] | None = None
         self._has_dead_node = False
         """Whether the newest attempt ended by a node's death."""
 
@@ -150,7 +151,7 @@ class Supervisor:
         log.info("attempt %d is to start %d ranks", attempt.number, self._plan.layout.world_size)
         notes = JsonLines(attempt.supervisor_events)
         keeper = CheckpointKeeper(self._run, attempt, self._plan, notes, self._lock.is_mine)
-        shipper = self._start_shipper(attempt)
+        self._start_shipper(attempt)
         watched = self._run_ranks(attempt, keeper)
         if watched.cause == Cause.DISK_FULL:
             self._run.reserve.unlink(missing_ok=True)  # for a marker that had no room, and for the outcome
@@ -159,10 +160,11 @@ class Supervisor:
             keeper.discard_unfinished()
         notes.close()
         decision = self._end(attempt, watched)
-        is_last = decision.action in (Action.FINISH, Action.STOP)
-        if is_last:
+        if decision.action in (Action.FINISH, Action.STOP):
             self._lock.release()  # what follows is tracking alone; a resume need not wait for it
-        self._end_shipper(shipper, SHIPPER_SECONDS if is_last else SHIPPER_SECONDS_BEFORE_MORE)
+            self._end_shipper(SHIPPER_SECONDS)
+        elif decision.action == Action.REQUEUE:
+            self._end_shipper(SHIPPER_SECONDS_BEFORE_MORE)
         return decision
 
     def _end(self, attempt: AttemptDirectory, watched: AttemptEnding) -> Decision:
@@ -324,11 +326,14 @@ class Supervisor:
             "submissions": len(submissions),
         }
 
-    def _start_shipper(self, attempt: AttemptDirectory) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-P", "-m", "orchestrator.tracking", str(self._run.path), "--follow"]
+    def _start_shipper(self, attempt: AttemptDirectory) -> None:
+        """Start what tells MLflow, unless it runs since an attempt before."""
+        if self._shipper is not None and self._shipper.poll() is None:
+            return
+        command = [sys.executable, "-P", "-m", "orchestrator.tracking", str(self._run.path)]
         with (attempt.logs / "tracking.log").open("ab") as output:
-            return subprocess.Popen(
-                [*command, str(attempt.number)],
+            self._shipper = subprocess.Popen(
+                [*command, "--follow", str(attempt.number), "--parent", str(os.getpid())],
                 env=code_environment(self._run),
                 cwd=self._run.path,
                 stdin=subprocess.DEVNULL,
@@ -336,14 +341,16 @@ class Supervisor:
                 stderr=output,
             )
 
-    def _end_shipper(self, shipper: "subprocess.Popen[bytes]", seconds: float) -> None:
+    def _end_shipper(self, seconds: float) -> None:
         """Give the shipper time for the rest; what it leaves is shipped by a later attempt or `orchestrate ui`."""
+        if self._shipper is None:
+            return
         try:
-            shipper.wait(seconds)
+            self._shipper.wait(seconds)
         except subprocess.TimeoutExpired:
             log.warning("tracking is late; the rest is shipped later")
-            shipper.kill()
-            shipper.wait()
+            self._shipper.kill()
+            self._shipper.wait()
 
     def _requeue(self) -> None:
         if self._run.cancel_mark.exists():

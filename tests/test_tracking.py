@@ -500,6 +500,28 @@ def test_a_follower_whose_supervisor_was_killed_ends(run: RunDirectory, store: P
     wait_until(lambda: not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE, "it ends")
 
 
+def test_a_follower_whose_supervisor_was_killed_before_it_could_look_ends_too(run: RunDirectory, store: Path) -> None:
+    make_attempt(run, range(1, 3))
+    with subprocess.Popen([sys.executable, "-c", ""]) as parent:
+        parent.wait()
+    command = [*SHIPPER, str(run.path), "--follow", "1", "--parent", str(parent.pid)]
+    assert subprocess.run(command, check=False, timeout=DEADLINE_SECONDS, capture_output=True).returncode == 0
+    assert steps_of(store, "train/loss") == [1, 2]
+
+
+def test_a_follower_goes_on_with_the_attempt_that_is_started_in_the_same_job(run: RunDirectory, store: Path) -> None:
+    end_attempt(make_attempt(run, range(1, 3)), "rank_killed", "restart")
+    follower = subprocess.Popen([*SHIPPER, str(run.path), "--follow", "1", "--interval", "0.1"])
+    try:
+        wait_until(lambda: steps_of(store, "train/loss") == [1, 2], "it follows")
+        end_attempt(make_attempt(run, range(3, 5)), "finished", "finish")
+        assert follower.wait(DEADLINE_SECONDS) == 0
+    finally:
+        follower.kill()
+        follower.wait()
+    assert steps_of(store, "train/loss") == [1, 2, 3, 4]
+
+
 def test_a_single_shipment_that_fails_exits_with_3_and_a_remedy(tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs", f"http://127.0.0.1:{free_port()}")
     make_attempt(run, range(1, 3))
