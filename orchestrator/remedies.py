@@ -140,7 +140,7 @@ REMEDIES: Mapping[Cause, Remedy] = {
     ),
     Cause.NODE_CHECK: Remedy(
         meaning="Too few nodes of the allocation passed their checks.",
-        by_itself="The job is requeued, and the nodes that failed are excluded from the next. Counted with the "
+        by_itself="A successor job is submitted that excludes the nodes that failed. Counted with the "
         "preemptions.",
         lost="Nothing but the time.",
         actions=(

@@ -18,6 +18,7 @@ from orchestrator.files import read_json, write_json
 from orchestrator.plan import TrainingPlan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.slurm.deputy import deputy_command
+from orchestrator.slurm.endings import srun_words
 from orchestrator.slurm.job import OwnJob, by_switch, switches
 from orchestrator.slurm.memory import killed_since
 from orchestrator.slurm.node_checks import Choice, Finding, RankRecord, choose_nodes, judge, judge_ranks
@@ -35,6 +36,8 @@ START_SECONDS = 300.0
 GRACE_SECONDS = 15.0
 """For them to end when they are told to."""
 TAIL_CHARACTERS = 600
+REFUSED = "Unable to create step"
+"""How srun says that Slurm would not have it, as for nodes that it has taken out of the job meanwhile."""
 BEAT_SECONDS = 1.5
 """Within which an agent that lives has told again what it knows."""
 
@@ -205,6 +208,10 @@ class Allocation:
         if is_stopped():
             return []
         records = [_rank_record(read_json(path)) for path in sorted(folder.glob("rank_*.json"))]
+        refusal = srun_words((folder / "srun.log").read_text(errors="replace"))
+        if not records and REFUSED in refusal:
+            log.warning("the ranks of the checks were not started, which is no node's fault: %s", refusal)
+            return []
         found = judge_ranks(tested, records, cluster)
         return [finding for finding in found if finding.node in nodes]
 

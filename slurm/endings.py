@@ -57,7 +57,8 @@ def first_srun_failure(log: str) -> SrunFailure | None:
     if launch is not None:
         return SrunFailure(host=launch.group(1), rank=None, what=f"no rank could be started on it: {launch.group(2)}")
     task = next((found for found in _TASK.finditer(log) if not _is_explained(found.group(3))), None)
-    if node is not None and (task is None or node.start() < task.start()):
+    # Slurm kills the other ranks of a step that has lost a node, and srun may tell of them first.
+    if node is not None and (task is None or node.start() < task.start() or task.group(3) == "Killed"):
         return SrunFailure(host=node.group(1), rank=None, what="Slurm has lost the node")
     if task is None:
         return None

@@ -48,13 +48,14 @@ def nodes_to_leave(
 
 
 def go_on_in_another_job(
-    run: RunDirectory, job: OwnJob | None, stops: StopRequests, *, has_dead_node: bool = False
+    run: RunDirectory, job: OwnJob | None, stops: StopRequests, *, for_bad_nodes: bool = False
 ) -> None:
     """Have this job started again, or a successor where that is not allowed; slurmctld is asked for some minutes.
 
     Args:
-        has_dead_node: whether a node of the job has just died. Slurm starts the job again only once it has seen that
-            itself, after SlurmdTimeout, by default 300 s; a successor starts at once.
+        for_bad_nodes: whether nodes of the job are the reason. Slurm starts a job with a dead node again only once it
+            has seen the death itself, after SlurmdTimeout, by default 300 s; a successor starts at once, and is never
+            given those nodes.
 
     Raises:
         SchedulerError: it did not answer, or refused.
@@ -62,7 +63,7 @@ def go_on_in_another_job(
     until = time.monotonic() + REQUEUE_SECONDS
     while True:
         try:
-            if job is not None and not has_dead_node and requeue(job):
+            if job is not None and not for_bad_nodes and requeue(job):
                 log.info("job %s is started again by Slurm", job.job_id)
                 _exclude(run, job)
                 stops.wait_for_term(TERM_SECONDS)  # a job that ends before it is one that has completed

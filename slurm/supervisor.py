@@ -27,7 +27,7 @@ from orchestrator.checkpoint_keeper import CheckpointKeeper, mark_left_over
 from orchestrator.errors import OrchestrateError, RunError, SchedulerError, StorageError
 from orchestrator.exit_codes import Cause
 from orchestrator.files import JsonLines, is_full, write_atomic, write_json
-from orchestrator.owner_lock import OwnedLock
+from orchestrator.owner_lock import OwnedLock, hold
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.recovery import Action, Decision, Ending
 from orchestrator.run_directory import FILE_MASK, AttemptDirectory, RunDirectory
@@ -72,8 +72,8 @@ class Supervisor:
         self._nodes = Allocation(run, self._plan, job, excluded_nodes(run)) if job is not None else None
         self._evidence: list[dict[str, str]] = []
         self._shipper: subprocess.Popen[bytes] | None = None
-        self._has_dead_node = False
-        """Whether the newest attempt ended by a node's death."""
+        self._has_bad_nodes = False
+        """Whether the newest attempt ended for its nodes."""
 
     def main(self) -> int:
         """Run attempts until the run is finished, stopped, or goes on in another job."""
@@ -173,7 +173,7 @@ class Supervisor:
             self._nodes.suspect(watched.host)
             if watched.cause == Cause.NODE_FAILED:
                 self._nodes.drop(watched.host, watched.message.removeprefix(f"node {watched.host}: "))
-        self._has_dead_node = watched.cause == Cause.NODE_FAILED
+        self._has_bad_nodes = watched.cause in (Cause.NODE_FAILED, Cause.NODE_CHECK)
         enough = self._nodes is None or self._nodes.has_enough()
         ending = Ending(cause=watched.cause, saved_step=newest_step(self._run), enough_nodes=enough)
         decision = decide_on(self._run, attempt, ending, self._plan.settings)
@@ -351,13 +351,15 @@ class Supervisor:
             log.warning("tracking is late; the rest is shipped later")
             self._shipper.kill()
             self._shipper.wait()
+            with hold(self._run.mlflow_lock, "shipper"):
+                pass  # took the dead one's lock and gives it back: on another host it would count as held for long
 
     def _requeue(self) -> None:
         if self._run.cancel_mark.exists():
             log.info("cancelled meanwhile; does not go on")
             return
         self._lock.release()  # for the supervisor of the next job
-        go_on_in_another_job(self._run, self._job, self._stops, has_dead_node=self._has_dead_node)
+        go_on_in_another_job(self._run, self._job, self._stops, for_bad_nodes=self._has_bad_nodes)
 
 
 def main(path: str, number: int) -> int:

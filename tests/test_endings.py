@@ -72,6 +72,8 @@ def explain(
         pytest.param("", None, id="nothing"),
         pytest.param(KILLED, SrunFailure(host="n003", rank=2, what="Killed"), id="the first and not the largest"),
         pytest.param(OWN_CODE_FIRST, SrunFailure(host="n001", rank=0, what="Killed"), id="own codes have a record"),
+        pytest.param("srun: error: n001: task 0: Killed\n" + NODE_LOST,
+                     SrunFailure(host="n002", rank=None, what="Slurm has lost the node"), id="a node, told of late"),
         pytest.param(NODE_LOST, SrunFailure(host="n002", rank=None, what="Slurm has lost the node"), id="a node"),
         pytest.param("srun: error: n004: task 74: Exited with exit code 1\nsrun: error: n03: task 60: Exited with exit "
                      "code 143\nsrun: error: n002: task 1: Terminated\n", None, id="peers that srun ended"),
