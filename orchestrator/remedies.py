@@ -140,8 +140,7 @@ REMEDIES: Mapping[Cause, Remedy] = {
     ),
     Cause.NODE_CHECK: Remedy(
         meaning="Too few nodes of the allocation passed their checks.",
-        by_itself="A successor job is submitted that excludes the nodes that failed. Counted with the "
-        "preemptions.",
+        by_itself="A successor job is submitted that excludes the nodes that failed. Counted with the preemptions.",
         lost="Nothing but the time.",
         actions=(
             "read the findings, each of which names its remedy: `orchestrate why {run} --attempt {attempt}`",
