@@ -35,6 +35,7 @@ class NodeCheck:
     """Of the unit; of the median a share."""
     unit: str = ""
     gpu_only: bool = False
+    """Not judged on the CPU, unless settings have a limit for it."""
     excludes: bool = True
     """Whether a node that fails it is not taken at all."""
 
@@ -194,8 +195,10 @@ def judge_values(
 ) -> list[Finding]:
     """Return the nodes beyond a check's limit."""
     check = CHECKS.get(name)
-    if check is None or check.bound == Bound.NONE or not values or (check.gpu_only and cluster.device == "cpu"):
+    if check is None or check.bound == Bound.NONE or not values:
         return []
+    if check.gpu_only and cluster.device == "cpu" and name not in cluster.checks.limits:
+        return []  # a CPU's speed says something only where nothing else runs on it, as who sets a limit knows
     limit = cluster.checks.limits.get(name, cluster.ranks_per_node if name == "gpu_count" else check.limit)
     median = statistics.median(values.values())
     lowest = {Bound.AT_LEAST: limit, Bound.SHARE_OF_MEDIAN: limit * median}.get(check.bound)

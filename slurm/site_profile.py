@@ -83,8 +83,7 @@ def srun_options(plan: TrainingPlan, *, nodes: Sequence[str], ranks_per_node: in
     cluster = plan.settings.cluster
     slurm = cluster.slurm
     host_of_rank = [node for node in nodes for _ in range(ranks_per_node)]
-    options = [
-        f"--nodes={len(nodes)}",
+    options = [  # without --nodes: srun 24.11 refuses it beside --distribution=arbitrary
         f"--ntasks={len(host_of_rank)}",
         f"--ntasks-per-node={ranks_per_node}",
         f"--nodelist={','.join(host_of_rank)}",

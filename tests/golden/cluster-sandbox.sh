@@ -22,7 +22,6 @@ exec PYTHON -P -m orchestrator.slurm.supervisor /shared/runs/solar 1
 
 # the ranks, on n002 and n001 in this order
 srun \
-    --nodes=2 \
     --ntasks=2 \
     --ntasks-per-node=1 \
     --nodelist=n002,n001 \

@@ -25,7 +25,6 @@ exec PYTHON -P -m orchestrator.slurm.supervisor /shared/runs/solar 1
 
 # the ranks, on n002 and n001 in this order
 srun \
-    --nodes=2 \
     --ntasks=4 \
     --ntasks-per-node=2 \
     --nodelist=n002,n002,n001,n001 \
