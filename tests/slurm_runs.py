@@ -1,5 +1,6 @@
 """Runs on a Slurm of our own, with real ranks: what the tests that cause their faults share."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,14 @@ from tests.conftest import SMALL
 needs_slurm = pytest.mark.skipif(
     any(shutil.which(name, path="/usr/sbin:/usr/bin") is None for name in ("slurmctld", "munged")),
     reason="a Slurm of our own needs Debian's slurm-wlm and munge",
+)
+
+needs_accounting = pytest.mark.skipif(
+    any(shutil.which(name, path="/usr/sbin:/usr/bin") is None for name in ("slurmdbd", "mariadbd")),
+    reason="accounting needs Debian's slurmdbd, slurm-wlm-mysql-plugin and mariadb-server",
+)
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0, reason="a node that can really die, and a disk of one's own, need root"
 )
 
 

@@ -18,9 +18,19 @@ from orchestrator.slurm.sandbox import Sandbox
 from orchestrator.status import read_status
 from tests.launched import step_of, wait_for, wait_to_end
 from tests.slurm_faults import supervisor_on
-from tests.slurm_runs import begun, job_of, launch_on, needs_slurm, outcomes, read_json_of, state_of
+from tests.slurm_runs import (
+    begun,
+    job_of,
+    launch_on,
+    needs_accounting,
+    needs_root,
+    needs_slurm,
+    outcomes,
+    read_json_of,
+    state_of,
+)
 
-pytestmark = [needs_slurm, pytest.mark.fault]
+pytestmark = [needs_slurm, needs_root, pytest.mark.fault]
 
 
 def test_training_does_not_notice_that_slurmctld_is_away_and_status_says_unknown_not_gone(
@@ -83,6 +93,7 @@ def test_a_warning_that_comes_while_slurmctld_is_away_is_followed_by_a_requeue_o
     assert wait_to_end(run).state == State.CANCELLED
 
 
+@needs_accounting
 def test_states_are_right_while_the_accounting_is_down(
     start_slurm: Callable[..., Sandbox], tmp_path: Path, corpus: Path
 ) -> None:

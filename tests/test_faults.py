@@ -28,13 +28,14 @@ from tests.slurm_runs import (
     forked_ranks,
     job_of,
     launch_on,
+    needs_root,
     needs_slurm,
     outcomes,
     state_of,
 )
 from tests.test_supervisor import ranks_of
 
-pytestmark = [needs_slurm, pytest.mark.fault]
+pytestmark = [needs_slurm, needs_root, pytest.mark.fault]
 
 
 def steps_told(attempt: AttemptDirectory) -> list[int]:

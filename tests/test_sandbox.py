@@ -25,7 +25,7 @@ from orchestrator.slurm.sandbox import Sandbox
 from orchestrator.status import read_status
 from tests.conftest import REPOSITORY, SMALL
 from tests.launched import step_of, wait_for, wait_to_end
-from tests.slurm_runs import needs_slurm
+from tests.slurm_runs import needs_accounting, needs_slurm
 
 pytestmark = needs_slurm
 NODES = 4
@@ -195,6 +195,7 @@ def test_a_controller_that_died_comes_back_with_its_jobs_under_the_same_configur
     assert not Path(started.folder).exists()
 
 
+@needs_accounting
 def test_accounting_keeps_jobs_for_sacct_until_it_dies(tmp_path: Path) -> None:
     name = f"{NAME}-j"
     started = sandbox.start(name, nodes=2, accounting=True)

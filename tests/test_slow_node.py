@@ -10,9 +10,9 @@ from orchestrator.reconcile import State
 from orchestrator.slurm.sandbox import Sandbox
 from tests.launched import wait_to_end
 from tests.slurm_faults import slow_node
-from tests.slurm_runs import launch_on, needs_slurm
+from tests.slurm_runs import launch_on, needs_root, needs_slurm
 
-pytestmark = [needs_slurm, pytest.mark.fault]
+pytestmark = [needs_slurm, needs_root, pytest.mark.fault]
 
 
 def test_a_node_that_is_slow_is_named_and_the_run_starts_on_the_spare(
