@@ -1,10 +1,8 @@
 """Have a run go on whose supervisor died with the first node of its job.
 
-    python -m orchestrator.slurm.deputy RUN
-
-An agent becomes this where its supervisor is gone and has not said that it leaves. A job that outlives dead nodes
-(`--no-kill`) outlives its first one too: Slurm leaves it running, without a main process, until its time is over
-(seen with 22.05). A supervisor that lives renews the run's lock, and only cannot be reached from here.
+An agent becomes this, by `deputy_command`, where its supervisor is gone and has not said that it leaves. A job that
+outlives dead nodes (`--no-kill`) outlives its first one too: Slurm leaves it running, without a main process, until its
+time is over (seen with 22.05). A supervisor that lives renews the run's lock, and only cannot be reached from here.
 """
 
 import logging

@@ -1,11 +1,15 @@
 """A run's attempts as the next decision needs them: what each has saved, how it ended, which nodes it found bad."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from orchestrator.checkpoints import complete_checkpoints, parse_name
-from orchestrator.events import CheckpointEvent, read_events
+from orchestrator.events import CheckpointEvent, StartEvent, StepEvent, read_events
 from orchestrator.exit_codes import Cause
 from orchestrator.recovery import Decision, Ending, decide
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.settings import RunSettings
+from orchestrator.slurm.endings import AttemptEnding
 
 
 def newest_step(run: RunDirectory) -> int:
@@ -61,3 +65,42 @@ def decide_on(run: RunDirectory, attempt: AttemptDirectory, ending: Ending, sett
         settings.max_preemptions_without_progress,
         started_from=saved_step(run, (before[0].number if before else attempt.number) - 1),
     )
+
+
+def outcome_record(
+    attempt: AttemptDirectory,
+    ending: AttemptEnding,
+    decision: Decision,
+    *,
+    saved_step: int,
+    ended: float,
+    submissions: int,
+    excluded: Sequence[str],
+    evidence: Sequence[dict[str, str]],
+) -> dict[str, Any]:
+    """Return how an attempt ended and what follows, as it stands in outcome.json beside its ledger.
+
+    Args:
+        submissions: how many the run had then.
+        excluded: nodes that the run's next job must not get.
+        evidence: what was seen, each with a `source` and a `text`.
+    """
+    steps = [event.step for _, event in read_events(attempt.events) if isinstance(event, StartEvent | StepEvent)]
+    return {
+        "attempt": attempt.number,
+        "cause": ending.cause,
+        "message": ending.message,
+        "rank": ending.rank,
+        "host": ending.host,
+        "first_step": steps[0] + 1 if steps else None,
+        "last_step": steps[-1] if steps else None,
+        "saved_step": saved_step,
+        "started": (attempt.read_job() or {}).get("started", ended),
+        "ended": ended,
+        "submissions": submissions,
+        "exit_codes": {str(rank): code for rank, code in sorted(ending.exit_codes.items())},
+        "action": decision.action,
+        "why": decision.why,
+        "excluded": list(excluded),
+        "evidence": list(evidence),
+    }

@@ -71,16 +71,24 @@ def expand(nodes: str) -> tuple[str, ...]:
 
 def job_facts(job_id: str) -> JobFacts | None:
     """Ask slurmctld about a job; None where it does not answer."""
+    return facts_in(_shown(job_id))
+
+
+def _shown(job_id: str) -> str:
+    """Return what `scontrol show job` prints; nothing where slurmctld does not answer or knows no such job."""
     try:
-        text = run_command(["scontrol", "show", "job", "--oneliner", job_id])
+        return run_command(["scontrol", "show", "job", "--oneliner", job_id])
     except SchedulerError:
-        return None
-    return facts_in(text)
+        return ""
+
+
+def _fields(text: str) -> dict[str, str]:
+    return dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", text))
 
 
 def facts_in(text: str) -> JobFacts | None:
     """Read what `scontrol show job` prints."""
-    found = dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", text))
+    found = _fields(text)
     if "JobState" not in found:
         return None
     return JobFacts(
@@ -210,13 +218,9 @@ def nodes_of_partition(partition: str) -> tuple[str, ...]:
 
 def record_of(job_id: str) -> str:
     """Return what Slurm's record says of a job's end, for people; nothing where it does not say."""
-    try:
-        text = run_command(["scontrol", "show", "job", "--oneliner", job_id])
-    except SchedulerError:
-        return ""
-    found = dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", text))
+    found = _fields(_shown(job_id))
     names = ("JobState", "Reason", "Restarts", "ExitCode", "EndTime")
-    return f"job {job_id}: " + " ".join(f"{name}={found[name]}" for name in names if name in found)
+    return f"job {job_id}: " + " ".join(f"{name}={found[name]}" for name in names if name in found) if found else ""
 
 
 def record_of_node(node: str) -> tuple[bool, str]:

@@ -5,13 +5,13 @@ import time
 from typing import Any
 
 from orchestrator.attempt_record import attempt_record, last_heard
-from orchestrator.events import StartEvent, StepEvent, read_events
 from orchestrator.exit_codes import Cause
 from orchestrator.files import write_json
 from orchestrator.plan import TrainingPlan
 from orchestrator.recovery import Action, Decision, Ending
-from orchestrator.run_directory import AttemptDirectory, RunDirectory
-from orchestrator.slurm.history import attempts_since_a_person, decide_on, newest_step
+from orchestrator.run_directory import RunDirectory
+from orchestrator.slurm.endings import AttemptEnding
+from orchestrator.slurm.history import attempts_since_a_person, decide_on, newest_step, outcome_record
 from orchestrator.slurm.job import OwnJob, record_of, record_of_node
 from orchestrator.slurm.leaving import nodes_to_leave
 
@@ -41,34 +41,18 @@ def close_lost(run: RunDirectory, plan: TrainingPlan, job: OwnJob | None, witnes
         decision = decide_on(run, lost, Ending(cause=cause, saved_step=saved, enough_nodes=False), plan.settings)
     excluded, refusal = nodes_to_leave(run, plan, job, [host] if cause == Cause.NODE_FAILED and host else [])
     evidence += [{"source": "slurm", "text": refusal}] if refusal else []
-    write_json(
-        lost.outcome,
-        {
-            **attempt_record(run, lost, saved_step=saved, ended=ended),
-            "attempt": lost.number,
-            "cause": cause,
-            "message": message,
-            "rank": None,
-            "host": host,
-            **steps_of(lost),
-            "saved_step": saved,
-            "started": float(record["started"]),
-            "ended": ended,
-            "submissions": record["submissions"],
-            "exit_codes": {},
-            "action": decision.action,
-            "why": decision.why,
-            "excluded": excluded,
-            "evidence": evidence,
-        },
+    outcome = outcome_record(
+        lost,
+        AttemptEnding(cause=cause, message=message, host=host),
+        decision,
+        saved_step=saved,
+        ended=ended,
+        submissions=record["submissions"],
+        excluded=excluded,
+        evidence=evidence,
     )
+    write_json(lost.outcome, {**attempt_record(run, lost, saved_step=saved, ended=ended), **outcome})
     return decision if goes_on_by_itself else None
-
-
-def steps_of(attempt: AttemptDirectory) -> dict[str, int | None]:
-    """Return the first and the last step that an attempt did, as they stand in its outcome."""
-    steps = [event.step for _, event in read_events(attempt.events) if isinstance(event, StartEvent | StepEvent)]
-    return {"first_step": steps[0] + 1 if steps else None, "last_step": steps[-1] if steps else None}
 
 
 def why_lost(

@@ -33,10 +33,10 @@ from orchestrator.recovery import Action, Decision, Ending
 from orchestrator.run_directory import FILE_MASK, AttemptDirectory, RunDirectory
 from orchestrator.slurm.allocation import Allocation, describe
 from orchestrator.slurm.endings import AttemptEnding
-from orchestrator.slurm.history import decide_on, excluded_nodes, newest_step
+from orchestrator.slurm.history import decide_on, excluded_nodes, newest_step, outcome_record
 from orchestrator.slurm.job import OwnJob, end_job, own_job, record_of_node, requeue
 from orchestrator.slurm.leaving import go_on_in_another_job, nodes_to_leave
-from orchestrator.slurm.lost import close_lost, steps_of
+from orchestrator.slurm.lost import close_lost
 from orchestrator.slurm.memory import OwnMemory
 from orchestrator.slurm.node_agent import node_name
 from orchestrator.slurm.rank_watch import RankWatch
@@ -189,33 +189,24 @@ class Supervisor:
             self._note("node", f"{node}: {why}")
         excluded, refusal = nodes_to_leave(self._run, self._plan, self._job, bad, is_hurried=is_hurried)
         self._note("slurm", refusal)
-        job = attempt.read_job() or {}
-        ended = time.time()
-        checking = self._nodes.checking if self._nodes is not None else None
-        record = attempt_record(self._run, attempt, saved_step=ending.saved_step, ended=ended, checking=checking)
-        outcome = {
-            **record,
-            "ranks_on": list(self._nodes.chosen) if self._nodes is not None else [],
-            "attempt": attempt.number,
-            "cause": watched.cause,
-            "message": watched.message,
-            "rank": watched.rank,
-            "host": watched.host,
-            **steps_of(attempt),
-            "saved_step": ending.saved_step,
-            "started": job.get("started", ended),
-            "ended": ended,
-            "submissions": len(self._run.submissions()),
-            "exit_codes": {str(rank): code for rank, code in sorted(watched.exit_codes.items())},
-            "action": decision.action,
-            "why": decision.why,
-            "excluded": excluded,
-            "evidence": self._evidence,
-        }
         if watched.cause == Cause.SUPERSEDED:
             log.info("attempt %d is not ours any more: %s", attempt.number, watched.message)
             return decision  # who has the run now writes down how it ended
-        write_json(attempt.outcome, outcome)
+        ended = time.time()
+        checking = self._nodes.checking if self._nodes is not None else None
+        record = attempt_record(self._run, attempt, saved_step=ending.saved_step, ended=ended, checking=checking)
+        outcome = outcome_record(
+            attempt,
+            watched,
+            decision,
+            saved_step=ending.saved_step,
+            ended=ended,
+            submissions=len(self._run.submissions()),
+            excluded=excluded,
+            evidence=self._evidence,
+        )
+        ranks_on = list(self._nodes.chosen) if self._nodes is not None else []
+        write_json(attempt.outcome, {**record, "ranks_on": ranks_on, **outcome})
         log.info("attempt %d ended: %s (%s); %s: %s", attempt.number, watched.cause, watched.message,
                  decision.action, decision.why)  # fmt: skip
         return decision

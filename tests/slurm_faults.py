@@ -21,14 +21,28 @@ def supervisor_on(slurm: Sandbox, node: str) -> psutil.Process:
     return next(p for p in processes_on(slurm, node) if "orchestrator.slurm.supervisor" in p.cmdline())
 
 
+def cgroups(controller: str) -> tuple[Path, bool]:
+    """Return the folder of a controller's groups, and whether it is the unified one of all controllers."""
+    root = Path("/sys/fs/cgroup")
+    is_unified = (root / "cgroup.controllers").exists()
+    return (root if is_unified else root / controller), is_unified
+
+
+def little_memory_group(name: str) -> Path:
+    """Make a cgroup whose processes may have a megabyte more than they came with, and are killed beyond that."""
+    root, is_unified = cgroups("memory")
+    group = root / name
+    group.mkdir()
+    (group / ("memory.max" if is_unified else "memory.limit_in_bytes")).write_text(str(1 << 20))
+    return group
+
+
 @contextlib.contextmanager
 def slow_node(slurm: Sandbox, node: str, percent: int) -> Iterator[None]:
     """Leave a node so much of one core, in slices of a millisecond; needs root and the CPU cgroup, as in CI."""
     if not slurm.own_namespaces:
         pytest.skip("a CPU cgroup needs root")
-    root = Path("/sys/fs/cgroup")
-    is_unified = (root / "cgroup.controllers").exists()
-    root = root if is_unified else root / "cpu"
+    root, is_unified = cgroups("cpu")
     group = root / f"orchestrate-{slurm.name}-{node}"
     group.mkdir()
     quota, period = 1_000, 100_000 // percent

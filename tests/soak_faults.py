@@ -23,6 +23,7 @@ from orchestrator.slurm.sandbox import Sandbox
 from orchestrator.slurm.sandbox_files import search_path
 from orchestrator.status import read_status
 from tests.launched import processes_of
+from tests.slurm_faults import little_memory_group
 from tests.slurm_runs import job_of
 
 EARLY, STEP, SAVE = "early", "step", "save"
@@ -251,12 +252,8 @@ def _damage(scene: Scene) -> str:
 
 def _squeeze(scene: Scene) -> str:
     """Leave a rank a megabyte more than it has, so that the kernel kills it for memory."""
-    root = Path("/sys/fs/cgroup")
-    is_unified = (root / "cgroup.controllers").exists()
-    group = (root if is_unified else root / "memory") / f"orchestrate-soak-{os.getpid()}-{len(scene.groups)}"
-    group.mkdir()
+    group = little_memory_group(f"orchestrate-soak-{os.getpid()}-{len(scene.groups)}")
     scene.groups.append(group)
-    (group / ("memory.max" if is_unified else "memory.limit_in_bytes")).write_text(str(1 << 20))
     (group / "cgroup.procs").write_text(str(scene.random.choice(scene.ranks()).pid))
     return ""
 

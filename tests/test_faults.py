@@ -22,6 +22,7 @@ from orchestrator.slurm import sandbox
 from orchestrator.slurm.sandbox import Sandbox
 from orchestrator.slurm.scheduler import local_process, warn_of_time_limit
 from tests.launched import processes_of, wait_for, wait_to_end
+from tests.slurm_faults import little_memory_group
 from tests.slurm_runs import (
     begun,
     excluded_by_slurm,
@@ -79,13 +80,7 @@ def test_a_dead_node_is_left_behind_at_once_also_the_first_one_with_the_supervis
 @pytest.fixture
 def little_memory() -> Iterator[Callable[[psutil.Process], None]]:
     """Leave a process a megabyte more than it has; needs root and the memory cgroup, as in CI."""
-    if os.geteuid():
-        pytest.skip("a memory cgroup needs root")
-    root = Path("/sys/fs/cgroup")
-    is_unified = (root / "cgroup.controllers").exists()
-    group = (root if is_unified else root / "memory") / f"orchestrate-{os.getpid()}"
-    group.mkdir()
-    (group / ("memory.max" if is_unified else "memory.limit_in_bytes")).write_text(str(1 << 20))
+    group = little_memory_group(f"orchestrate-{os.getpid()}")
 
     def squeeze(process: psutil.Process) -> None:
         (group / "cgroup.procs").write_text(str(process.pid))
@@ -113,8 +108,6 @@ def test_a_rank_that_the_kernel_kills_for_memory_is_said_to_be_so_and_goes_on(
 @pytest.fixture
 def freezing_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[bool], None]]]:
     """A file system of our own that can be made to stop answering, as one whose server is away; needs root."""
-    if os.geteuid():
-        pytest.skip("a file system of our own needs root")
     image, folder = tmp_path / "disk.img", tmp_path / "disk"
     with image.open("wb") as stream:
         stream.truncate(256 << 20)

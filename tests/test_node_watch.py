@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,15 +23,12 @@ from orchestrator.slurm.node_checks import Finding, judge
 from orchestrator.slurm.node_watch import NodeWatch
 from orchestrator.slurm.sandbox import Sandbox
 from tests.conftest import REPOSITORY
+from tests.slurm_runs import needs_root, needs_slurm
 
 NAME = f"watch-{os.getpid()}"
 NODES = sandbox.node_names(4)
 CLUSTER = ClusterSettings(name="test", scheduler="slurm", device="cpu", ranks_per_node=1, one_machine=True)
 SECONDS = 30.0
-needs_slurm = pytest.mark.skipif(
-    any(shutil.which(name, path="/usr/sbin:/usr/bin") is None for name in ("slurmctld", "munged")) or os.geteuid() != 0,
-    reason="nodes with a disk of their own need Debian's slurm-wlm and munge, and root",
-)
 
 
 def settings(**checks: object) -> ClusterSettings:
@@ -409,6 +405,7 @@ def disks(cluster: Sandbox) -> Iterator[Disks]:
 
 
 @needs_slurm
+@needs_root
 def test_full_disks_and_a_folder_that_is_not_shared_are_found_and_recovered_nodes_pass_again(
     cluster: Sandbox,
     folder: Path,
@@ -443,6 +440,7 @@ def test_full_disks_and_a_folder_that_is_not_shared_are_found_and_recovered_node
 
 
 @needs_slurm
+@needs_root
 def test_a_node_that_dies_is_silent_within_seconds_and_the_others_are_heard_on(
     folder: Path, srun: Callable[[Sandbox, NodeWatch], "subprocess.Popen[bytes]"]
 ) -> None:

@@ -30,12 +30,9 @@ from orchestrator.slurm.requests import (
 )
 from orchestrator.slurm.sandbox import Sandbox
 from tests.conftest import SMALL
+from tests.slurm_runs import needs_slurm
 
 # On a machine of one's own; .ci/run installs both, and counts a skipped test as a failure.
-needs_slurm = pytest.mark.skipif(
-    any(shutil.which(name, path="/usr/sbin:/usr/bin") is None for name in ("slurmctld", "munged")),
-    reason="a Slurm of our own needs Debian's slurm-wlm and munge",
-)
 NAME = f"requests-{os.getpid()}"
 
 

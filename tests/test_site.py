@@ -5,7 +5,6 @@ import dataclasses
 import getpass
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from orchestrator.slurm.sandbox import Sandbox
 from orchestrator.slurm.site_profile import rank_command, srun_options, worker_variables
 from orchestrator.slurm.submission import sbatch_script
 from tests.conftest import REPOSITORY, SMALL
+from tests.slurm_runs import needs_slurm
 
 NAME = f"site-{os.getpid()}"
 RUNS = Path("/shared/runs")
@@ -109,10 +109,6 @@ def all_lines(cluster: ClusterSettings) -> str:
 
 
 # Submitit looks for srun before it writes a script; .ci/run installs both, and counts a skipped test as a failure.
-needs_slurm = pytest.mark.skipif(
-    any(shutil.which(name, path="/usr/sbin:/usr/bin") is None for name in ("slurmctld", "munged")),
-    reason="a Slurm of our own needs Debian's slurm-wlm and munge",
-)
 
 
 @needs_slurm
