@@ -1,5 +1,6 @@
 """What can be known to be wrong with settings before anything is touched, and the rank grid they give. Pure."""
 
+import dataclasses
 import math
 import re
 
@@ -105,8 +106,10 @@ def _training_problems(settings: RunSettings) -> list[str]:
         ("training.validation_interval_steps", training.validation_interval_steps),
         ("training.validation_samples", training.validation_samples),
         ("max_restarts_without_progress", settings.max_restarts_without_progress),
+        ("max_preemptions_without_progress", settings.max_preemptions_without_progress),
+        *((f"patience.{name}", seconds) for name, seconds in dataclasses.asdict(settings.patience).items()),
     ):
-        if value < 1:
+        if not 1 <= value < math.inf:
             found.append(f"{name} should be at least 1, found {value}")
     for name, value in (
         ("keep_every_steps", settings.checkpoint.keep_every_steps),

@@ -235,7 +235,8 @@ def test_all_problems_are_told_at_once() -> None:
         "cluster.nodes=0", "cluster.nodes=2", "cluster.ranks_per_node=0", "cluster.ranks_per_node=-2",
         "cluster.time_limit=24h", "cluster.time_limit=0:00:30", "cluster.warning_seconds=-1",
         "cluster.warning_seconds=1e9", "cluster.peak_tflops=0", "cluster.price_per_gpu_hour=-1",
-        "max_restarts_without_progress=0",
+        "max_restarts_without_progress=0", "max_preemptions_without_progress=0", "patience.step_seconds=-5",
+        "patience.save_seconds=.inf",
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(override: str) -> None:
