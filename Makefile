@@ -1,5 +1,5 @@
 # Set-up, demo, tests and checks. `make` alone lists the targets.
-# Every target makes what it needs: .venv is set up once, and again when pyproject.toml changes.
+# Every target makes what it needs: .venv is set up once, and again when a build file or the C++ changes.
 
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -42,10 +42,10 @@ wheel-check: $(SET_UP)  ## build sdist and wheel, install them into a clean envi
 	$(VENV)/bin/python tests/wheel_check.py $(TORCH)
 
 clean:  ## remove .venv, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info tokenize/*.so .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(SET_UP): pyproject.toml
+$(SET_UP): pyproject.toml setup.py $(wildcard tokenize/native/*)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, and no python3 is on PATH; install it, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; found = sys.version_info[:2]; sys.exit(0 if (3, 11) <= found < (3, 13) else "Python 3.11 or 3.12 is needed, $(PYTHON) is %d.%d; install python3.11, or say make PYTHON=/path/to/python3.11" % found)'
 	@command -v g++ > /dev/null || { echo "g++ is needed, and not on PATH; install it, e.g. apt install g++" >&2; exit 1; }

@@ -19,7 +19,9 @@ import torch.distributed
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_solar.sample_order import BlendSource, OrderedSamples, build_index, request_digest
+from megatron_solar.prebuilt_index import check_prebuilt
+from megatron_solar.sample_order import OrderedSamples, build_index
+from megatron_solar.sample_request import SampleRequest
 from megatron_solar.weights import PRECISION_DTYPES
 from orchestrator.layout import ParallelLayout
 from orchestrator.model_shape import TransformerShape
@@ -297,35 +299,23 @@ class _Ids(MegatronLegacyTokenizer):
         return -1
 
 
-def build_datasets(
-    train: BlendSource,
-    validation: BlendSource | None,
-    *,
-    sequence_length: int,
-    seed: int,
-    tokenizer_fingerprint: str,
-    vocab_size: int,
-    end_of_document: int,
-    cache: Path,
-) -> tuple[OrderedSamples, OrderedSamples | None]:
-    """Open the samples of each split in the order of `sample_order`; rank 0 builds the index, the others wait.
+@dataclasses.dataclass(frozen=True)
+class EpochOpener:
+    """Opens an epoch of a shard: a GPTDataset of exactly one epoch, in the order of `sample_order`."""
 
-    An epoch of a shard is a GPTDataset of exactly one epoch. Collective where torch.distributed is initialized.
+    request: SampleRequest
 
-    Returns:
-        (training, validation or None); an item has int64 `tokens`, `labels` and `position_ids` of sequence_length.
-    """
-    tokenizer = _Ids(tokenizer_fingerprint, vocab_size, end_of_document)
-
-    def open_epoch(folder: Path, prefix: str, epoch: int, *, is_built: bool) -> GPTDataset:
+    def __call__(self, folder: Path, prefix: str, epoch: int, *, is_built: bool) -> GPTDataset:
+        """Open epoch `epoch` of the shard at `prefix`, with its indexes in `folder`."""
+        request = self.request
         config = _without_warnings(
             GPTDatasetConfig,
-            random_seed=seed + epoch,
-            sequence_length=sequence_length,
+            random_seed=request.seed + epoch,
+            sequence_length=request.data.sequence_length,
             blend_per_split=[([prefix], None), None, None],
             path_to_cache=str(folder),
             fast_cache_load=is_built,  # never builds, and does without the documents' numbers
-            tokenizer=tokenizer,
+            tokenizer=_Ids(request.tokenizer_sha256, request.vocab_size, request.end_of_document),
             reset_position_ids=False,
             reset_attention_mask=False,
             eod_mask_loss=False,
@@ -343,24 +333,37 @@ def build_datasets(
             config=config,
         )
 
-    def blend(shards: NDArray[np.int16], samples: NDArray[np.int64], weights: NDArray[np.float64]) -> None:
-        helpers.build_blending_indices(shards, samples, weights, len(weights), len(shards), False)
 
-    sources = {"train": train} | ({"validation": validation} if validation is not None else {})
-    requests = {
-        name: request_digest(
-            source, sequence_length=sequence_length, seed=seed, tokenizer_fingerprint=tokenizer_fingerprint
-        )
-        for name, source in sources.items()
-    }
+def blend(shards: NDArray[np.int16], samples: NDArray[np.int64], weights: NDArray[np.float64]) -> None:
+    """Fill the shard of each sample and its number within the shard, by weights that sum to one."""
+    helpers.build_blending_indices(shards, samples, weights, len(weights), len(shards), False)
+
+
+def build_datasets(request: SampleRequest, cache: Path) -> tuple[OrderedSamples, OrderedSamples | None]:
+    """Open the samples of each split in the order of `sample_order`; rank 0 builds the index, the others wait.
+
+    Where `data.index` names a folder nothing is built. Collective where torch.distributed is initialized.
+
+    Returns:
+        (training, validation or None); an item has int64 `tokens`, `labels` and `position_ids` of sequence_length.
+
+    Raises:
+        DataError: the index that was built ahead is not of these samples, or not whole.
+    """
+    digests, open_epoch = request.digests(), EpochOpener(request)
+    folder = Path(request.data.index) if request.data.index else cache
     is_distributed = torch.distributed.is_initialized()
     if not is_distributed or torch.distributed.get_rank() == 0:
-        for name, source in sources.items():
-            build_index(source, cache / name, requests[name], open_epoch, blend)
+        if request.data.index:
+            check_prebuilt(folder, request)
+        else:
+            for name, source in request.sources.items():
+                build_index(source, folder / name, digests[name], open_epoch, blend)
     if is_distributed:
         torch.distributed.barrier()
     opened = {
-        name: OrderedSamples(source, cache / name, requests[name], open_epoch) for name, source in sources.items()
+        name: OrderedSamples(source, folder / name, digests[name], open_epoch)
+        for name, source in request.sources.items()
     }
     return opened["train"], opened.get("validation")
 

@@ -1,7 +1,6 @@
 """Training samples by number: the same sample for the same number, whatever the layout or the attempt."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_solar import compat
-from megatron_solar.sample_order import BlendSource, OrderedSamples, data_fingerprint
-from orchestrator.errors import DataError
+from megatron_solar.sample_order import OrderedSamples
+from megatron_solar.sample_request import request_samples
 from orchestrator.layout import ParallelLayout
 from orchestrator.model_shape import TransformerShape
 from orchestrator.settings import DataSettings
-from orchestrator.tokenize.manifest import DatasetManifest, read_manifest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,79 +56,19 @@ def open_samples(
 ) -> Samples:
     """Open the data sets of a run; rank 0 builds the sample index first.
 
+    Args:
+        cache: where the index is built, unless `data.index` names a folder that has it.
+
     Raises:
-        DataError: a data set was made for another vocabulary, two with different tokenizers, or one holds
-            no sample at all.
+        DataError: as `request_samples`; or the index that was built ahead is not of these samples.
     """
-    manifests = [read_manifest(Path(folder)) for folder in data.train]
-    held_out = [read_manifest(Path(folder)) for folder in data.validation]
-    for manifest, folder in zip([*manifests, *held_out], [*data.train, *data.validation], strict=True):
-        if manifest.vocab_size > shape.vocab_size:
-            raise DataError(
-                f"{folder} holds ids up to {manifest.vocab_size - 1}, the model knows {shape.vocab_size}; "
-                "tokenize with the model's own tokenizer"
-            )
-        if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256:
-            raise DataError(f"{folder} was made with another tokenizer than {data.train[0]}; tokenize both with one")
-    train, validation = compat.build_datasets(
-        blend_source(manifests, data.train, data.weights, data.sequence_length, training_samples),
-        blend_source(held_out, data.validation, (), data.sequence_length, validation_samples) if held_out else None,
-        sequence_length=data.sequence_length,
-        seed=seed,
-        tokenizer_fingerprint=manifests[0].tokenizer_sha256,
-        vocab_size=manifests[0].vocab_size,
-        end_of_document=manifests[0].end_of_document,
-        cache=cache,
+    request = request_samples(
+        data, shape, seed=seed, training_samples=training_samples, validation_samples=validation_samples
     )
+    train, validation = compat.build_datasets(request, cache)
     return Samples(
         train=train,
         validation=validation,
-        fingerprint=data_fingerprint(data, manifests, seed),
-        tokenizer_sha256=manifests[0].tokenizer_sha256,
-    )
-
-
-def blend_source(
-    manifests: Sequence[DatasetManifest],
-    folders: Sequence[str],
-    weights: Sequence[float],
-    sequence_length: int,
-    samples: int,
-) -> BlendSource:
-    """Return the shards of data sets, a data set's weight spread over its shards by their samples.
-
-    So the shards of one data set come to the end of an epoch together, to within a sample: a data set
-    alone gives each of its samples once before any of them again. A shard below one sample, which is
-    sequence_length + 1 tokens, is left out where the data set has others: it is a tail like the one that
-    every shard leaves unread.
-
-    Raises:
-        DataError: a data set without a single sample.
-    """
-    prefixes: list[str] = []
-    shares: list[float] = []
-    epoch_samples: list[int] = []
-    empty = []
-    for index, (manifest, folder) in enumerate(zip(manifests, folders, strict=True)):
-        counts = {shard.name: (shard.tokens - 1) // sequence_length for shard in manifest.shards}
-        readable = {name: count for name, count in counts.items() if count > 0}
-        if not readable:
-            shards = ", ".join(f"{shard.name} with {shard.tokens} tokens" for shard in manifest.shards)
-            empty.append(f"{folder} has {shards}")
-        weight = weights[index] if weights else sum(readable.values())
-        for name, count in readable.items():
-            prefixes.append(str(Path(folder) / name))
-            shares.append(weight * count / sum(readable.values()))
-            epoch_samples.append(count)
-    if empty:
-        raise DataError(
-            f"a data set should have a shard of at least {sequence_length + 1} tokens, one sample at "
-            f"data.sequence_length={sequence_length}; add text or shorten the sequences:",
-            empty,
-        )
-    return BlendSource(
-        prefixes=tuple(prefixes),
-        weights=tuple(shares) if len(prefixes) > 1 else None,
-        epoch_samples=tuple(epoch_samples),
-        samples=samples,
+        fingerprint=request.fingerprint,
+        tokenizer_sha256=request.tokenizer_sha256,
     )

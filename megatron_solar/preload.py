@@ -25,7 +25,7 @@ PR_SET_PDEATHSIG = 1
 def main(socket_path: str) -> None:
     """Import, then serve until the parent process is gone."""
     parent = os.getppid()
-    _die_with_parent(parent)
+    die_with_parent(parent)
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     from megatron_solar.cpu import cuda_calls_on_cpu
@@ -91,7 +91,7 @@ def _start_rank(client: socket.socket, run: Callable[[list[str]], int]) -> int:
         return process
     code = 1
     try:
-        _die_with_parent(parent)
+        die_with_parent(parent)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
@@ -162,7 +162,8 @@ def _run_module(arguments: list[str]) -> int:
     return int(importlib.import_module(module).main(rest))
 
 
-def _die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread that forked it ends."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -16,15 +16,17 @@ sequence_length tokens, others in each epoch since the documents are shuffled.
       complete.json                        written last: of which request, and the sizes of the files
 
 Rank 0 builds; the others read after a barrier. A folder without `complete.json`, with another
-request's, or with a file that lacks bytes is thrown away and built anew.
+request's, or with a file that lacks bytes is thrown away and built anew. An index that was built ahead
+(`prebuilt_index`) lies in such folders too, and is only ever read.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,31 +102,87 @@ def request_digest(source: BlendSource, *, sequence_length: int, seed: int, toke
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def build_index(source: BlendSource, folder: Path, request: str, open_epoch: OpenEpoch, blend: Blend) -> None:
-    """Build every index that reading `source` needs, unless the folder has them already; for rank 0 alone.
+Epoch = tuple[str, int]
+"""Prefix of a shard, and which of its epochs."""
+
+EachEpoch = Callable[[Callable[[Epoch], int], Sequence[Epoch]], Iterable[int]]
+"""Calls a function with every epoch and gives the results in their order, as `map` does."""
+
+
+def build_index(
+    source: BlendSource, folder: Path, request: str, open_epoch: OpenEpoch, blend: Blend, each: EachEpoch = map
+) -> None:
+    """Build every index that reading `source` needs, unless the folder has them already; for one process alone.
 
     The folder is this function's own: whatever else lies in it is removed.
+
+    Args:
+        each: how the epochs are gone through; each has files of its own.
 
     Raises:
         DataError: a shard has another number of samples than its manifest says, or the shards are too many.
     """
-    if _is_complete(folder, request):
+    if not index_problem(folder, request):
         return
     _wipe(folder)
     folder.mkdir(parents=True)
-    for prefix, size, count in zip(
-        source.prefixes, source.epoch_samples, _blended_counts(source, folder, blend), strict=True
-    ):
-        for epoch in range(-(-count // size)):
-            found = len(open_epoch(folder, prefix, epoch, is_built=False))
-            if found != size:
-                raise DataError(f"{prefix} should hold {size} samples, found {found}; copy it again or tokenize again")
+    counts = zip(source.prefixes, source.epoch_samples, _blended_counts(source, folder, blend), strict=True)
+    # Of a data set that is named twice each epoch is built once.
+    sizes = {(prefix, epoch): size for prefix, size, count in counts for epoch in range(-(-count // size))}
+    found = each(functools.partial(_build_epoch, open_epoch, folder), list(sizes))
+    for ((prefix, _), size), built in zip(sizes.items(), found, strict=True):
+        if built != size:
+            raise DataError(f"{prefix} should hold {size} samples, found {built}; copy it again or tokenize again")
     files = sorted(folder.iterdir())
     for path in files:
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
     sync_folder(folder)
     write_json(folder / COMPLETE, {"request": request, "files": {path.name: path.stat().st_size for path in files}})
+
+
+def _build_epoch(open_epoch: OpenEpoch, folder: Path, epoch: Epoch) -> int:
+    """Build one epoch and return its samples."""
+    prefix, number = epoch
+    return len(open_epoch(folder, prefix, number, is_built=False))
+
+
+def index_problem(folder: Path, request: str) -> str:
+    """Return why a folder does not hold the whole index of a request, or nothing."""
+    record = _record(folder)
+    if not record:
+        return f"{folder} has no {COMPLETE}, which is written last" if folder.exists() else f"{folder} is not there"
+    if record.get("request") != request:
+        return f"{folder} holds the index of other samples"
+    sizes = {folder / name: size for name, size in record["files"].items()}
+    torn = [path.name for path, size in sizes.items() if not path.is_file() or path.stat().st_size != size]
+    return f"{folder} lacks bytes of {len(torn)} files, such as {torn[0]}" if torn else ""
+
+
+class SamplePlaces:
+    """Where each sample of a split comes from, by an index that is built."""
+
+    def __init__(self, source: BlendSource, folder: Path) -> None:
+        self._source = source
+        self._blend: tuple[NDArray[np.int16], NDArray[np.int64]] | None = None
+        if len(source.prefixes) > 1:
+            self._blend = (
+                np.load(folder / BLEND_SHARDS, mmap_mode="r"),
+                np.load(folder / BLEND_SAMPLES, mmap_mode="r"),
+            )
+
+    def place(self, number: int) -> tuple[int, int, int]:
+        """Return (shard, epoch of the shard, sample within the epoch) of a sample's number.
+
+        Raises:
+            IndexError: the number is not of this order.
+        """
+        if not 0 <= number < self._source.samples:
+            raise IndexError(f"sample {number} should be from 0 to below {self._source.samples}")
+        shard, sample = 0, number
+        if self._blend is not None:
+            shard, sample = int(self._blend[0][number]), int(self._blend[1][number])
+        return shard, *divmod(sample, self._source.epoch_samples[shard])
 
 
 class OrderedSamples:
@@ -140,19 +198,14 @@ class OrderedSamples:
     def __init__(self, source: BlendSource, folder: Path, request: str, open_epoch: OpenEpoch) -> None:
         if _record(folder).get("request") != request:
             raise DataError(
-                f"{folder} should hold the sample index that rank 0 has built, but this rank does not see it there; "
-                "put the run's folder on a file system that all nodes share"
+                f"{folder} should hold the sample index of this run, but this rank does not see it there; "
+                "put its folder on a file system that all nodes share"
             )
         self._source = source
         self._folder = folder
         self._open_epoch = open_epoch
         self._epochs: dict[int, tuple[int, Any]] = {}
-        self._blend: tuple[NDArray[np.int16], NDArray[np.int64]] | None = None
-        if len(source.prefixes) > 1:
-            self._blend = (
-                np.load(folder / BLEND_SHARDS, mmap_mode="r"),
-                np.load(folder / BLEND_SAMPLES, mmap_mode="r"),
-            )
+        self._places = SamplePlaces(source, folder)
 
     def __len__(self) -> int:
         """Return the number of samples that were asked for."""
@@ -169,17 +222,8 @@ class OrderedSamples:
         return item
 
     def place(self, number: int) -> tuple[int, int, int]:
-        """Return (shard, epoch of the shard, sample within the epoch) of a sample's number.
-
-        Raises:
-            IndexError: the number is not of this order.
-        """
-        if not 0 <= number < len(self):
-            raise IndexError(f"sample {number} should be from 0 to below {len(self)}")
-        shard, sample = 0, number
-        if self._blend is not None:
-            shard, sample = int(self._blend[0][number]), int(self._blend[1][number])
-        return shard, *divmod(sample, self._source.epoch_samples[shard])
+        """Return (shard, epoch of the shard, sample within the epoch) of a sample's number; raises IndexError."""
+        return self._places.place(number)
 
 
 def _blended_counts(source: BlendSource, folder: Path, blend: Blend) -> Sequence[int]:
@@ -210,14 +254,6 @@ def _record(folder: Path) -> Mapping[str, Any]:
     except (FileNotFoundError, OrchestrateError):
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def _is_complete(folder: Path, request: str) -> bool:
-    record = _record(folder)
-    if record.get("request") != request:
-        return False
-    paths = {folder / name: size for name, size in record["files"].items()}
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
 def _wipe(folder: Path) -> None:

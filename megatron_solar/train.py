@@ -22,6 +22,7 @@ from megatron_solar.checkpoint import CheckpointWriter, disk_full, load_newest
 from megatron_solar.data import Samples, open_samples
 from megatron_solar.hang_watch import HangWatch, Phase, connection_seconds
 from megatron_solar.replica import Replica, build_replica, weight_source
+from megatron_solar.sample_request import validation_passes
 from megatron_solar.stacks import waits_for_others
 from orchestrator.checkpoints import (
     MARKER,
@@ -82,7 +83,7 @@ def train(
         settings.model,
         seed=settings.training.seed,
         training_samples=plan.total_steps * layout.global_batch_size,
-        validation_samples=_validation_passes(plan) * layout.micro_batch_size * layout.data_parallel,
+        validation_samples=validation_passes(plan) * layout.micro_batch_size * layout.data_parallel,
         cache=run.data_index,
     )
     replica, loaded = build_or_load(run, plan, samples, tell)
@@ -267,20 +268,12 @@ def _sum_over_ranks(first: float, second: float, plan: TrainingPlan) -> tuple[fl
     return float(numbers[0]), float(numbers[1])
 
 
-def _validation_passes(plan: TrainingPlan) -> int:
-    """Return the micro-batches a data-parallel rank reads in one validation; pipelines need whole rounds."""
-    layout = plan.layout
-    passes = -(-plan.settings.training.validation_samples // (layout.micro_batch_size * layout.data_parallel))
-    rounds = layout.pipeline_parallel if layout.virtual_pipeline_parallel > 1 else 1
-    return -(-passes // rounds) * rounds
-
-
 def _validate(plan: TrainingPlan, replica: Replica, samples: Samples, tell: EventWriter, step: int) -> None:
     """Tell the loss on the first held-out samples, always the same ones."""
     if samples.validation is None:
         return
     started = time.monotonic()
-    layout, passes = plan.layout, _validation_passes(plan)
+    layout, passes = plan.layout, validation_passes(plan)
     for chunk in replica.chunks:
         chunk.eval()
     batches = samples.micro_batches(samples.validation, 0, layout, passes, plan.settings.cluster.device)

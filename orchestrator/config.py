@@ -267,6 +267,7 @@ def _with_absolute_paths(settings: RunSettings) -> RunSettings:
         settings.data,
         train=tuple(map(absolute, settings.data.train)),
         validation=tuple(map(absolute, settings.data.validation)),
+        index=absolute(settings.data.index) if settings.data.index else "",
     )
     runs = absolute(settings.paths.runs)
     uri = settings.tracking.uri or default_store(Path(runs))

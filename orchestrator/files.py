@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import OrchestrateError
+from orchestrator.errors import DiskFullError, OrchestrateError
+from orchestrator.units import format_bytes
 
 CHUNK_BYTES = 1 << 22
 
@@ -123,6 +124,24 @@ def free_room(folder: Path) -> tuple[int, float]:
     """
     facts = os.statvfs(folder)
     return shutil.disk_usage(folder).free, facts.f_favail if facts.f_files else math.inf
+
+
+def check_room(output: Path, needed_bytes: int, files: int, what: str) -> None:
+    """Refuse to write what a disk has no room for, before a byte is written; a quota shows only when writing.
+
+    Args:
+        output: to be made; its folder need not be there yet.
+
+    Raises:
+        DiskFullError: too few bytes or inodes are free.
+    """
+    there = next(folder for folder in output.absolute().parents if folder.exists())
+    free_bytes, inodes = free_room(there)
+    if free_bytes < needed_bytes or inodes < files:
+        raise DiskFullError(
+            f"{what} {output} needs {format_bytes(needed_bytes)} in {files:,} files, {there} has "
+            f"{format_bytes(free_bytes)} and {inodes:,} inodes free; free space, or choose another --output"
+        )
 
 
 def _umask() -> int:

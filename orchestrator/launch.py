@@ -117,6 +117,7 @@ def check_inputs(plan: TrainingPlan, *, needs_base: bool = True) -> list[Dataset
 
     Raises:
         ConfigError: everything that is missing or does not fit, at once.
+        DataError: `data.index` is not the index of this run.
     """
     settings = plan.settings
     problems, manifests = [], []
@@ -140,6 +141,11 @@ def check_inputs(plan: TrainingPlan, *, needs_base: bool = True) -> list[Dataset
             open_base(Path(settings.base), settings.model)
         except OrchestrateError as error:
             problems.append(str(error))
+    if settings.data.index and not problems:
+        from megatron_solar.prebuilt_index import check_prebuilt  # imports numpy
+        from megatron_solar.sample_request import request_of
+
+        check_prebuilt(Path(settings.data.index), request_of(plan))
     if problems:
         raise ConfigError(f"run {settings.name!r} cannot start; {len(problems)} to mend:", problems)
     return manifests

@@ -81,7 +81,7 @@ def rehearsal_settings(
         real,
         name=f"{real.name[:LONGEST_NAME]}{SUFFIX}",
         model=shape,
-        data=dataclasses.replace(real.data, sequence_length=sequence),
+        data=dataclasses.replace(real.data, sequence_length=sequence, index=""),
         training=dataclasses.replace(
             real.training,
             tokens=steps * batch * sequence,

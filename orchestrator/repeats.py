@@ -21,15 +21,17 @@ Ten times and more what a change of the layout made of it on the CPU (docs/log.m
 
 def noise(before: TrainingPlan, now: TrainingPlan) -> float | None:
     """Return the relative difference that is none, or None where the two attempts train differently."""
-    if (before.settings.training, before.settings.data, before.settings.model) != (
-        now.settings.training,
-        now.settings.data,
-        now.settings.model,
-    ):
+    if _trained(before) != _trained(now):
         return None
     is_same_place = before.layout == now.layout and before.settings.cluster.device == now.settings.cluster.device
     is_exact = now.settings.cluster.device == "cpu" or now.settings.training.deterministic
     return 0.0 if is_same_place and is_exact else NOISE[now.settings.training.precision]
+
+
+def _trained(plan: TrainingPlan) -> tuple[object, ...]:
+    """Return what decides the losses; where the sample index lies does not."""
+    settings = plan.settings
+    return settings.training, dataclasses.replace(settings.data, index=""), settings.model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

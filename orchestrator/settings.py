@@ -46,6 +46,8 @@ class DataSettings:
     """Held-out data set folders; empty means no validation."""
     sequence_length: Fixed[int] = 4096
     """Tokens a sample."""
+    index: Free[str] = ""
+    """Folder that `orchestrate data index` made for this run; empty means that rank 0 builds the index at the start."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

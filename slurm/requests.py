@@ -67,16 +67,14 @@ def check_folders(plan: TrainingPlan) -> None:
             f"{getpass.getuser()}; set paths.runs to a folder of yours"
         )
     if cluster.scheduler == "slurm" and cluster.nodes > 1 and not cluster.one_machine:
-        mounts = Path("/proc/self/mountinfo").read_text()
-        exports = "\n".join(_text(path) for pattern in EXPORTS for path in Path("/").glob(pattern.lstrip("/")))
         named = [("paths.runs", settings.paths.runs)]
         named += [("data.train", path) for path in settings.data.train]
         named += [("data.validation", path) for path in settings.data.validation]
+        named += [("data.index", settings.data.index)] if settings.data.index else []
         named += [("base", settings.base)] if settings.base != RANDOM_BASE else []
         for field, path in named:
-            place = _nearest(Path(path))
-            kind = file_system(place, mounts)
-            if kind in OF_ONE_MACHINE and not is_exported(place, exports):
+            kind = seen_here_alone(Path(path))
+            if kind:
                 problems.append(
                     f"{field}={path} lies on a disk of this machine alone ({kind}), and {cluster.nodes} nodes need to "
                     "see it; choose a folder of the shared disk, or set cluster.one_machine=true where all nodes are "
@@ -84,6 +82,14 @@ def check_folders(plan: TrainingPlan) -> None:
                 )
     if problems:
         raise ConfigError(f"run {settings.name!r} cannot lie there:", problems)
+
+
+def seen_here_alone(path: Path) -> str:
+    """Return the type of the file system that a path lies on, or will, where no other machine sees it, or nothing."""
+    place = _nearest(path)
+    kind = file_system(place, Path("/proc/self/mountinfo").read_text())
+    exports = "\n".join(_text(table) for pattern in EXPORTS for table in Path("/").glob(pattern.lstrip("/")))
+    return kind if kind in OF_ONE_MACHINE and not is_exported(place, exports) else ""
 
 
 def check_request(plan: TrainingPlan, script: str) -> None:
@@ -97,30 +103,38 @@ def check_request(plan: TrainingPlan, script: str) -> None:
         SchedulerError: the controller does not answer, or Slurm says no.
     """
     cluster = plan.settings.cluster
-    answers, said = _ask(["scontrol", "ping"])
-    if not answers:
-        raise SchedulerError(
-            f"Slurm's controller does not answer ({_in_one_line(said) or 'no reason given'}); nothing was submitted; "
-            "try again when `scontrol ping` says UP, or ask the cluster's administrators"
-        )
-    problems = [*_container_problems(cluster), *_account_problems(cluster)]
+    check_controller()
+    problems = [*_container_problems(cluster), *account_problems(cluster)]
     if problems:
         raise ConfigError(f"run {plan.settings.name!r} cannot start on cluster {cluster.name!r}:", problems)
-    is_accepted, said = _ask(["sbatch", "--test-only"], script)
-    known, listed = _ask(["sinfo", "--noheader", "--format=%P|%D|%c|%G|%l"])
-    partitions = parse_partitions(listed) if known else []
+    is_accepted, said = ask_site(["sbatch", "--test-only"], script)
+    partitions = known_partitions()
     if not is_accepted:
-        raise SchedulerError(refusal(cluster, _in_one_line(said), partitions))
+        raise SchedulerError(refusal(cluster, in_one_line(said), partitions))
     late = time_problem(cluster, partitions)
     if late:
         raise SchedulerError(late)
 
 
+def check_controller() -> None:
+    """Refuse to submit where nobody answers.
+
+    Raises:
+        SchedulerError: the controller does not answer.
+    """
+    answers, said = ask_site(["scontrol", "ping"])
+    if not answers:
+        raise SchedulerError(
+            f"Slurm's controller does not answer ({in_one_line(said) or 'no reason given'}); nothing was submitted; "
+            "try again when `scontrol ping` says UP, or ask the cluster's administrators"
+        )
+
+
 def refusal(cluster: ClusterSettings, said: str, partitions: Sequence[Partition]) -> str:
     """Return what was wanted, what there is, and what to do, where Slurm has said no."""
     whole = "" if cluster.device == "cpu" or cluster.slurm.gpus == "none" else f" with {cluster.ranks_per_node} GPUs"
-    wanted = f"Slurm could not run this on {cluster.nodes} nodes{whole} of partition {_partition_name(cluster)}: {said}"
-    here = _of_request(cluster, partitions)
+    wanted = f"Slurm could not run this on {cluster.nodes} nodes{whole} of partition {partition_name(cluster)}: {said}"
+    here = of_request(cluster, partitions)
     if not here:
         names = ", ".join(dict.fromkeys(partition.name for partition in partitions))
         return f"{wanted}; " + (
@@ -145,17 +159,31 @@ def refusal(cluster: ClusterSettings, said: str, partitions: Sequence[Partition]
 
 def time_problem(cluster: ClusterSettings, partitions: Sequence[Partition]) -> str:
     """Return why a job's time would never be given, or nothing; a QOS may allow what its partition does not."""
-    limit = time_limit_seconds(cluster.time_limit)
-    longest = [part.longest_seconds for part in _of_request(cluster, partitions)]
-    given = [seconds for seconds in longest if seconds is not None]
-    if limit is None or cluster.slurm.qos is not None or len(given) < len(longest) or not given or limit <= max(given):
+    most = longest_seconds(cluster, partitions)
+    if most is None:
         return ""
-    hours, rest = divmod(max(given), 3600)
+    hours, rest = divmod(most, 3600)
     return (
         f"Slurm would leave this pending for ever: cluster.time_limit={cluster.time_limit} is more than a job of "
-        f"partition {_partition_name(cluster)} may have; set it to at most {hours}:{rest // 60:02d}:{rest % 60:02d}, "
+        f"partition {partition_name(cluster)} may have; set it to at most {hours}:{rest // 60:02d}:{rest % 60:02d}, "
         "the run goes on in the next job by itself"
     )
+
+
+def longest_seconds(cluster: ClusterSettings, partitions: Sequence[Partition]) -> int | None:
+    """Return how long a job may run if its limit is more, else None; a QOS may allow what a partition does not."""
+    limit = time_limit_seconds(cluster.time_limit)
+    longest = [part.longest_seconds for part in of_request(cluster, partitions)]
+    given = [seconds for seconds in longest if seconds is not None]
+    if limit is None or cluster.slurm.qos is not None or len(given) < len(longest) or not given or limit <= max(given):
+        return None
+    return max(given)
+
+
+def known_partitions() -> list[Partition]:
+    """Return what sinfo tells of; nothing where it does not answer."""
+    known, listed = ask_site(["sinfo", "--noheader", "--format=%P|%D|%c|%G|%l"])
+    return parse_partitions(listed) if known else []
 
 
 def parse_partitions(listed: str) -> list[Partition]:
@@ -219,7 +247,7 @@ def is_exported(path: Path, exports: str) -> bool:
 def _container_problems(cluster: ClusterSettings) -> list[str]:
     container = cluster.container
     found = []
-    if container.runtime == "pyxis" and "--container-image" not in _ask(["srun", "--help"])[1]:
+    if container.runtime == "pyxis" and "--container-image" not in ask_site(["srun", "--help"])[1]:
         found.append(
             "cluster.container.runtime=pyxis needs pyxis, and this site's srun knows no --container-image; ask the "
             "administrators for it, or use apptainer or none"
@@ -237,31 +265,33 @@ def _container_problems(cluster: ClusterSettings) -> list[str]:
     return found
 
 
-def _account_problems(cluster: ClusterSettings) -> list[str]:
+def account_problems(cluster: ClusterSettings) -> list[str]:
+    """Return what is wrong with the account, as far as Slurm's accounting can be asked."""
     if cluster.account is None:
         return []
-    known, config = _ask(["scontrol", "show", "config"])
+    known, config = ask_site(["scontrol", "show", "config"])
     if not known or not re.search(r"^AccountingStorageType\s*=\s*accounting_storage/(?!none)", config, re.MULTILINE):
         return []
-    known, listed = _ask(
+    known, listed = ask_site(
         ["sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={getpass.getuser()}", "format=account"]
     )
     problem = account_problem(cluster.account, sorted(set(listed.split()))) if known else ""
     return [problem] if problem else []
 
 
-def _of_request(cluster: ClusterSettings, partitions: Sequence[Partition]) -> list[Partition]:
+def of_request(cluster: ClusterSettings, partitions: Sequence[Partition]) -> list[Partition]:
     """Return the kinds of nodes of the partitions that are asked for; several may be named with commas."""
     if cluster.partition is None:
         return [part for part in partitions if part.is_default]
     return [part for part in partitions if part.name in cluster.partition.split(",")]
 
 
-def _partition_name(cluster: ClusterSettings) -> str:
+def partition_name(cluster: ClusterSettings) -> str:
+    """Return the partition as messages name it."""
     return cluster.partition or "(the default)"
 
 
-def _ask(command: Sequence[str], given: str | None = None) -> tuple[bool, str]:
+def ask_site(command: Sequence[str], given: str | None = None) -> tuple[bool, str]:
     """Run one of Slurm's commands; return whether it succeeded, with its output, or with what it says is wrong."""
     try:
         result = subprocess.run(
@@ -280,7 +310,8 @@ def _ask(command: Sequence[str], given: str | None = None) -> tuple[bool, str]:
     return not result.returncode, result.stdout if not result.returncode else result.stderr or result.stdout
 
 
-def _in_one_line(text: str) -> str:
+def in_one_line(text: str) -> str:
+    """Return what Slurm says without its line breaks and without a site's banner."""
     return " ".join(re.sub(r"\*{2,}.*\*{2,}", "", text, flags=re.DOTALL).split())
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from orchestrator.checks import time_limit_seconds
 from orchestrator.plan import TrainingPlan
 from orchestrator.run_directory import RunDirectory
-from orchestrator.settings import RANDOM_BASE, ClusterSettings, RunSettings
+from orchestrator.settings import RANDOM_BASE, ClusterSettings, RunSettings, SlurmSettings
 
 DETERMINISTIC = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # torch asks for it
@@ -62,12 +62,18 @@ def sbatch_options(plan: TrainingPlan, job_name: str, bad_nodes: Sequence[str] =
 
 def script_setup(run: RunDirectory, plan: TrainingPlan) -> list[str]:
     """Return the script's lines before the supervisor."""
-    slurm = plan.settings.cluster.slurm
+    return [
+        *site_lines(plan.settings.cluster.slurm),
+        f"export PYTHONPATH={shlex.quote(str(run.code))} PYTHONSAFEPATH=1",
+    ]
+
+
+def site_lines(slurm: SlurmSettings) -> list[str]:
+    """Return what a site wants at the beginning of any job's script."""
     return [
         *(f"#SBATCH {shlex.quote(line)}" for line in slurm.sbatch_lines),  # read until the first command
         *(f"module load {shlex.quote(module)} || exit" for module in slurm.modules),
         *slurm.setup,
-        f"export PYTHONPATH={shlex.quote(str(run.code))} PYTHONSAFEPATH=1",
     ]
 
 
@@ -183,6 +189,7 @@ def _pyxis_options(settings: RunSettings) -> list[str]:
 def _mounts(settings: RunSettings) -> list[str]:
     """Return what a container sees of the shared disk, at the same paths: the runs, data and base, and a site's own."""
     data, base, runs = settings.data, settings.base, settings.paths.runs
-    read = dict.fromkeys([*data.train, *data.validation, *([base] if base != RANDOM_BASE else [])])
+    named = [*data.train, *data.validation, data.index, base if base != RANDOM_BASE else ""]
+    read = dict.fromkeys(path for path in named if path)
     # The runs' folder as a whole: in it lies the run with its code.
     return [f"{runs}:{runs}", *(f"{path}:{path}:ro" for path in read), *settings.cluster.container.mounts]

@@ -75,6 +75,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "orchestrator.shipment",
         "orchestrator.slurm",
         "orchestrator.status",
+        "orchestrator.step_documents",
         "orchestrator.tokenize",
         "orchestrator.tracking",
         "orchestrator.tracking_store",
@@ -104,7 +105,7 @@ def module_files() -> dict[str, Path]:
     for package in PACKAGES:
         for folder, _, names in os.walk(REPOSITORY / package, followlinks=True):
             for name in names:
-                if name.endswith(".py"):
+                if name.endswith((".py", ".pyi")):  # of a compiled module there is the second
                     path = Path(folder) / name
                     parts = path.relative_to(REPOSITORY).with_suffix("").parts
                     found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path

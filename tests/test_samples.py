@@ -326,7 +326,7 @@ def test_held_out_samples_are_ordered_the_same_way(tmp_path: Path, one_shard: Pa
 
 
 def test_a_shard_below_one_sample_is_left_out_where_the_data_set_has_others(many_shards: Path) -> None:
-    from megatron_solar.data import blend_source
+    from megatron_solar.sample_request import blend_source
 
     manifest = with_shards(many_shards, 10 * LENGTH + 1, LENGTH, 30 * LENGTH + 77)
     source = blend_source([manifest], ["folder"], (), LENGTH, 100)
@@ -336,7 +336,7 @@ def test_a_shard_below_one_sample_is_left_out_where_the_data_set_has_others(many
 
 
 def test_data_sets_without_a_sample_are_named_with_their_shards(many_shards: Path) -> None:
-    from megatron_solar.data import blend_source
+    from megatron_solar.sample_request import blend_source
 
     manifests = [with_shards(many_shards, 1000), with_shards(many_shards, LENGTH, 5), with_shards(many_shards, 3)]
     with pytest.raises(DataError) as raised:

@@ -4,13 +4,15 @@ import hashlib
 import json
 import os
 import random
-import signal
+import re
 import subprocess
 import sys
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import mistral_common
 import numpy
@@ -18,9 +20,9 @@ import pytest
 import sentencepiece
 
 from orchestrator.errors import ConfigError, DataError, OrchestrateError
-from orchestrator.tokenize.document_lengths import bin_of, bin_start
+from orchestrator.tokenize.document_lengths import bin_start, bins_of, count_lengths
 from orchestrator.tokenize.manifest import DatasetManifest, read_manifest
-from orchestrator.tokenize.shard import ShardWriter, token_type
+from orchestrator.tokenize.shard import ShardWriter, concatenate_shards, token_type
 from orchestrator.tokenize.stage import tokenize_corpus
 
 TOKENIZER = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
@@ -116,10 +118,10 @@ def test_a_vocabulary_too_large_for_uint16_is_written_as_megatron_writes_it(
     for size in (32_000, 65_499, 65_500, 131_072):
         assert token_type(size) == indexed_dataset.DType.optimal_dtype(size).__name__
     documents = [[70_000, 2], [1, 131_071, 2], [2]]
-    writer = ShardWriter(tmp_path, "ours", token_type(131_072))
+    writer = ShardWriter(tmp_path, "ours", token_type(131_072), lengths=tmp_path / "lengths")
     builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=numpy.int32)
     for ids in documents:
-        writer.add_document(ids)
+        writer.add(numpy.array(ids, dtype=numpy.int32).tobytes(), numpy.array([len(ids)], dtype=numpy.int32))
         builder.add_document(torch.tensor(ids), [len(ids)])
     shard = writer.finish()
     builder.finalize(str(tmp_path / "theirs.idx"))
@@ -204,15 +206,15 @@ def test_every_bad_record_is_quarantined_where_it_stands_and_its_neighbours_are_
         expected.append((len(content), reason, line))
         content += line + b"\n"
     source.write_bytes(content + b'{"text": ""}\n{"text": "last, without a line end"}')
-    manifest = tokenize([source], tmp_path / "data")
+    manifest = tokenize([source], tmp_path / "data", max_bad=1.0)
 
     found = quarantine(tmp_path / "data")
     assert len(found) == len(expected) == manifest.quarantined_documents
     for record, (offset, reason, line) in zip(found, expected, strict=True):
         assert record["file"] == str(source)
-        assert (record["offset"], record["bytes"]) == (offset, len(line) + 1)
+        assert (record["offset"], record["bytes"]) == (offset, len(line))
         assert reason in record["reason"]
-        assert record["content"] == (line + b"\n").decode("utf-8", "backslashreplace")
+        assert record["content"] == line.decode("utf-8", "backslashreplace")
     assert manifest.documents == len(BAD_LINES) + 1
     assert manifest.empty_documents == 1
     assert manifest.documents_read == 2 * len(BAD_LINES) + 2
@@ -224,7 +226,7 @@ def test_a_plain_file_that_is_not_utf8_is_quarantined_and_an_empty_one_counted(t
     (folder / "latin1.py").write_bytes("# Grüße\n".encode("latin-1"))
     (folder / "empty.py").touch()
     (folder / "good.py").write_text("print('Grüße')\n", encoding="utf-8")
-    manifest = tokenize([folder], tmp_path / "data")
+    manifest = tokenize([folder], tmp_path / "data", max_bad=0.5)
     assert (manifest.documents_read, manifest.documents) == (3, 1)
     assert (manifest.empty_documents, manifest.quarantined_documents) == (1, 1)
     (record,) = quarantine(tmp_path / "data")
@@ -233,23 +235,45 @@ def test_a_plain_file_that_is_not_utf8_is_quarantined_and_an_empty_one_counted(t
     assert record["reason"].startswith("invalid UTF-8 at byte 4")
 
 
-def test_every_third_document_is_held_out_and_none_is_in_both(
+def test_documents_are_held_out_by_their_text_so_that_no_copy_is_on_both_sides(
     tmp_path: Path, reference: sentencepiece.SentencePieceProcessor
 ) -> None:
-    texts = ["" if number == 4 else f"text {number}" for number in range(11)]
+    texts = ["", *(f"text {number % 40}" for number in range(120))]
     source = write_lines(tmp_path / "text.jsonl", texts)
     with source.open("a") as stream:
         stream.write("bad\n")
-    training = tokenize([source], tmp_path / "data", validation_every=3)
+    training = tokenize([source], tmp_path / "data", validation_every=5, unit_bytes=500, shard_tokens=100)
     validation = read_manifest(tmp_path / "data-validation")
-    decoded = [reference.decode(ids[:-1]) for ids in read_ids(tmp_path / "data-validation")]
-    assert decoded == ["text 2", "text 6", "text 9"]
-    assert len(read_ids(tmp_path / "data")) == training.documents == 7
-    assert (training.documents_read, training.held_out_documents) == (12, 3)
+
+    held_out = [text for text in texts if text and zlib.crc32(text.encode()) % 5 == 0]
+    kept = [text for text in texts if text and zlib.crc32(text.encode()) % 5]
+    assert 10 < len(held_out) < 50
+    for name, expected in (("data", kept), ("data-validation", held_out)):
+        assert [reference.decode(ids[:-1]) for ids in read_ids(tmp_path / name)] == expected
+    assert (training.documents_read, training.held_out_documents) == (122, len(held_out))
     assert (training.empty_documents, training.quarantined_documents) == (1, 1)
-    assert (validation.documents_read, validation.quarantined_documents) == (3, 0)
+    assert (validation.documents_read, validation.quarantined_documents) == (len(held_out), 0)
     assert (training.part, validation.part) == ("training", "validation")
     assert training.fingerprint != validation.fingerprint
+    # Small parts of many units are put together, up to the size of a shard.
+    assert len(validation.shards) < len(training.shards)
+    assert all(shard.tokens <= 100 for shard in validation.shards)
+
+
+def test_shards_that_are_put_together_equal_one_of_the_same_documents(tmp_path: Path) -> None:
+    texts = [f"document number {number}" for number in range(50)]
+    source = write_lines(tmp_path / "text.jsonl", texts)
+    (whole,) = tokenize([source], tmp_path / "one").shards
+    parts = [tmp_path / "many" / shard.name for shard in tokenize([source], tmp_path / "many", shard_tokens=60).shards]
+    assert len(parts) > 4
+    assert concatenate_shards(parts, tmp_path, whole.name) == whole
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"{whole.name}{suffix}").read_bytes() == (
+            tmp_path / "one" / f"{whole.name}{suffix}"
+        ).read_bytes()
+    with pytest.raises(DataError, match="should begin as Megatron's index"):
+        os.truncate(tmp_path / "many" / f"{parts[1].name}.idx", 5)
+        concatenate_shards(parts, tmp_path, "other")
 
 
 # --- The manifest
@@ -294,8 +318,13 @@ def test_a_folder_that_is_no_data_set_or_a_damaged_one_is_refused_with_the_findi
 
 
 def test_the_picture_counts_each_length_in_the_bin_that_holds_it() -> None:
-    for length in [*range(1, 3000), 2**20 - 1, 2**20, 2**31 - 1]:
-        assert bin_start(bin_of(length)) <= length < bin_start(bin_of(length) + 1)
+    lengths = numpy.array([*range(1, 3000), 2**20 - 1, 2**20, 2**31 - 1], dtype=numpy.int32)
+    for length, index in zip(lengths.tolist(), bins_of(lengths).tolist(), strict=True):
+        assert bin_start(index) <= length < bin_start(index + 1)
+    counted = count_lengths(lengths[:2500]) + count_lengths(lengths[2500:])
+    assert sum(counted.documents) == lengths.size
+    assert sum(counted.tokens) == lengths.sum(dtype=numpy.int64)
+    assert counted.longest == 2**31 - 1
 
 
 # --- Requests that cannot be met leave nothing
@@ -305,7 +334,7 @@ def test_the_picture_counts_each_length_in_the_bin_that_holds_it() -> None:
     ("content", "reason"),
     [
         (b"", "SentencePiece"),
-        (b"{}", "tokenizer.json"),
+        (b"{}", "SentencePiece"),
         (b"no model " * 1000, "SentencePiece"),
         (None, "exist"),
     ],
@@ -353,8 +382,8 @@ def test_an_output_folder_that_is_taken_is_left_as_it_was(tmp_path: Path) -> Non
 
 def test_a_failed_request_for_held_out_documents_leaves_neither_folder(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "text.jsonl", TEXTS)
-    with pytest.raises(DataError, match="each 50th document leaves none"):
-        tokenize([source], tmp_path / "data", validation_every=50)
+    with pytest.raises(DataError, match="one document in 1000003 leaves none to validate on"):
+        tokenize([source], tmp_path / "data", validation_every=1_000_003)
     with pytest.raises(ConfigError, match="use 2 or more"):
         tokenize([source], tmp_path / "data", validation_every=1)
     with pytest.raises(ConfigError, match="add --validation-every"):
@@ -364,59 +393,25 @@ def test_a_failed_request_for_held_out_documents_leaves_neither_folder(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["text.jsonl"]
 
 
-def test_the_first_folder_is_withdrawn_when_the_second_cannot_appear(tmp_path: Path) -> None:
-    """The output's name is taken while the last text is read, after both folders were begun."""
-    pipe = tmp_path / "text.jsonl"
-    os.mkfifo(pipe)
-    arguments = [pipe, "--tokenizer", TOKENIZER, "--output", tmp_path / "data", "--validation-every", 2]
-    command = [str(ORCHESTRATE), "tokenize", *map(str, arguments)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        with pipe.open("w") as stream:  # opens when the reader does
-            stream.write('{"text": "a"}\n{"text": "b"}\n')
-            (tmp_path / "data").mkdir()
-            (tmp_path / "data" / "mine").touch()
-        _, complaint = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "DataError: cannot write the data set" in complaint
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "text.jsonl"]
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["mine"]
-
-
-def test_a_kill_half_way_leaves_no_folder_that_looks_complete(tmp_path: Path) -> None:
-    """The text comes through a pipe: once 4 MB went into it, the first batch of 1 MB is written."""
-    pipe = tmp_path / "text.jsonl"
-    os.mkfifo(pipe)
-    arguments = ["tokenize", str(pipe), "--tokenizer", str(TOKENIZER), "--output", str(tmp_path / "data")]
-    command = [str(ORCHESTRATE), *arguments]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process, pipe.open("w") as stream:
-        for number in range(16):
-            stream.write(json.dumps({"text": f"text {number} " * 30_000}) + "\n")
-        stream.flush()
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=30)
-    assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "data").exists()
-    (left,) = tmp_path.glob(".data.*")
-    assert (left / "shard_00000.bin").stat().st_size > 100_000
-    with pytest.raises(DataError, match=r"has no manifest\.json"):
-        read_manifest(left)
-
-    pipe.unlink()
-    tokenize([write_lines(tmp_path / "text.jsonl", TEXTS)], tmp_path / "data")
-    assert read_manifest(tmp_path / "data").documents == len(TEXTS)
-
-
 # --- The command
 
 
 def test_the_command_prints_a_summary_and_the_next_command(tmp_path: Path) -> None:
-    source = write_lines(tmp_path / "text.jsonl", TEXTS)
+    source = write_lines(tmp_path / "text.jsonl", [f"text {number}" for number in range(60)])
     with source.open("a") as stream:
         stream.write('{"text": 1}\n')
     output = tmp_path / "my data"
-    result = run(source, "--tokenizer", TOKENIZER, "--output", output, "--validation-every", 3)
+    arguments = [source, "--tokenizer", TOKENIZER, "--output", output, "--validation-every", 3]
+    result = run(*arguments, "--dry-run")
     assert result.returncode == 0, result.stderr
-    assert "5 of 8 read, 2 held out, 1 quarantined" in result.stdout
+    assert re.search(
+        r"JSON lines +1 file, .*\n *units +1, .*\n *engine .*\n *documents +about 61?0?.*1 bad", result.stdout
+    )
+    assert not output.exists()
+    result = run(*arguments, "--max-bad", 0.02)
+    assert result.returncode == 0, result.stderr
+    held_out = sum(zlib.crc32(f"text {number}".encode()) % 3 == 0 for number in range(60))
+    assert f"{60 - held_out} of 61 read, {held_out} held out, 1 quarantined" in result.stdout
     last = result.stdout.splitlines()[-1]
     assert last.startswith("next: orchestrate plan ")
     assert f"'data.train={output}' 'data.validation={output}-validation'" in last
@@ -424,7 +419,7 @@ def test_the_command_prints_a_summary_and_the_next_command(tmp_path: Path) -> No
     assert f"byte {offset}: key 'text' holds a number" in result.stderr
     assert "MB/s" in result.stderr
     for folder in (output, tmp_path / "my data-validation"):
-        assert (folder / "documents.png").read_bytes().startswith(b"\x89PNG")
+        assert "tokens a document" in "".join(ElementTree.parse(folder / "documents.svg").getroot().itertext())
 
 
 def test_json_prints_the_manifest_and_only_that(tmp_path: Path) -> None:

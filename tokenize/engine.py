@@ -1,21 +1,63 @@
-"""Turn text into token ids. One engine so far: SentencePiece, the reference that others must equal.
+"""What turns text into token ids, a block of documents at a time, and what it gives.
 
-Special tokens written in the text stay text: SentencePiece never makes a CONTROL piece from text, so
-a literal `</s>` in a web page becomes the pieces of its characters. Hugging Face's tokenizers make
-the end-of-document id of it. The end of document is appended by its id, and only by us.
+    native         our own encoder of SentencePiece BPE models (native_engine.py); ids equal sentencepiece's
+    sentencepiece  Google's library: the reference, and for models whose rules the native one does not honour
+    tokenizers     Hugging Face's library, for a tokenizer.json
+
+Special tokens written in the text stay text, with each of them. The end of document is appended by its id,
+and only by us.
 """
 
-import os
+import dataclasses
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
+
+import numpy
+from numpy.typing import NDArray
 
 from orchestrator.errors import DataError
 
+EngineChoice = Literal["auto", "native", "sentencepiece", "tokenizers"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BadRecord:
+    """A record of a block that gives no text."""
+
+    offset: int
+    """Byte in the block of lines at which it begins; of a block of texts, the number of the text."""
+    reason: str
+    content: bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodedBlock:
+    """What became of a block. `records == len(lengths) + empty + len(bad)`."""
+
+    ids: bytes | memoryview
+    """Of the documents kept, one after another, each with its end; little-endian, in the engine's token type."""
+    lengths: NDArray[numpy.int32]
+    """Tokens of each document kept, its end included."""
+    text_bytes: NDArray[numpy.int64]
+    """UTF-8 bytes of each document kept."""
+    checksums: NDArray[numpy.uint32]
+    """CRC-32 of each document kept, as zlib.crc32 of its UTF-8."""
+    records: int
+    empty: int
+    """Documents that give no token; not among those kept."""
+    bad: tuple[BadRecord, ...]
+
+
+class EngineError(DataError):
+    """The native encoder and sentencepiece disagree; `document` is the text."""
+
+    def __init__(self, message: str, document: bytes) -> None:
+        super().__init__(message)
+        self.document = document
+
 
 class Engine(Protocol):
-    """Encodes text with one vocabulary."""
+    """Encodes blocks of documents with one vocabulary."""
 
     name: str
     """Library and version, for the record."""
@@ -23,54 +65,12 @@ class Engine(Protocol):
     end_of_document: int
     begin_of_document: int | None
 
-    def encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
-        """Return each text's ids, without begin or end of document; texts hold no lone surrogate."""
+    def encode_lines(self, lines: bytes, text_key: str) -> EncodedBlock:
+        """Encode a block of whole JSON lines; the last may lack its line end. Blank lines are no records.
 
+        Raises:
+            EngineError: a document that was checked has other ids by the reference.
+        """
 
-def load_engine(tokenizer: Path) -> tuple[Engine, Path]:
-    """Return the engine for a tokenizer, and the tokenizer's file.
-
-    Args:
-        tokenizer: a SentencePiece model, or a model folder that has a `tokenizer.model`.
-
-    Raises:
-        DataError: it is none.
-    """
-    file = tokenizer / "tokenizer.model" if tokenizer.is_dir() else tokenizer
-    if not file.is_file():
-        raise DataError(
-            f"tokenizer {file} does not exist; give the path of a SentencePiece model, "
-            "such as the tokenizer.model of a Llama or Mistral folder"
-        )
-    return SentencePieceEngine(file), file
-
-
-class SentencePieceEngine:
-    """SentencePiece's own library, with as many threads as this process has cores."""
-
-    def __init__(self, file: Path) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            self._processor = SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError) as error:
-            raise DataError(
-                f"tokenizer {file} should be a SentencePiece model (tokenizer.model); the library says: "
-                f"{error}. A tokenizer.json is not read yet"
-            ) from error
-        if self._processor.eos_id() < 0:
-            raise DataError(
-                f"tokenizer {file} has no end-of-sentence piece, and documents need an end; use a model "
-                "trained with eos_id"
-            )
-        self.name = f"sentencepiece {version('sentencepiece')}"
-        self.vocab_size = int(self._processor.get_piece_size())
-        self.end_of_document = int(self._processor.eos_id())
-        begin = int(self._processor.bos_id())
-        self.begin_of_document = begin if begin >= 0 else None
-        self._threads = len(os.sched_getaffinity(0))
-
-    def encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
-        """Return each text's ids."""
-        ids: list[list[int]] = self._processor.encode(list(texts), out_type=int, num_threads=self._threads)
-        return ids
+    def encode_texts(self, texts: Sequence[bytes]) -> EncodedBlock:
+        """Encode texts, each a record; one that is no UTF-8 is bad. Raises as `encode_lines`."""

@@ -2,14 +2,15 @@
 
     DIR/
       manifest.json          written last; a folder without it is no data set
-      shard_00000.bin .idx   ... one pair for every `shards` entry
-      tokenizer.model        the very file that made the ids
+      shard_00000.bin .idx   ... one pair for every `shards` entry, each written by one process
+      tokenizer.model        the very file that made the ids; or tokenizer.json
       quarantine.jsonl       records that could not be read; only where there were any
-      documents.png          lengths of the documents
+      documents.svg          lengths of the documents
 
 The fingerprint says which tokens these are: it is made from the tokenizer's and the shards'
 checksums and the settings that chose the documents, and from no path, clock or engine, so the same
-text tokenized elsewhere has the same one. Standard library only, since the training workers read it.
+files tokenized elsewhere, by any number of processes, have the same one. Standard library only,
+since the training workers read it.
 """
 
 import dataclasses
@@ -24,8 +25,7 @@ from orchestrator.values import from_plain, to_plain
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
-TOKENIZER = "tokenizer.model"
-PICTURE = "documents.png"
+PICTURE = "documents.svg"
 FORMAT = 1
 
 TokenType = Literal["uint16", "int32"]
@@ -81,7 +81,7 @@ class DatasetManifest:
     """UTF-8 bytes of the documents in the shards."""
     part: Literal["all", "training", "validation"]
     validation_every: int | None
-    """Every how many documents one is held out; of the training and the validation part."""
+    """One document in so many is held out, those whose CRC-32 it divides; of the training and the validation part."""
     text_key: str
     """Key of the text in JSON lines."""
     inputs: tuple[str, ...]
@@ -90,6 +90,14 @@ class DatasetManifest:
     """Files read."""
     skipped_files: dict[str, int]
     """Files inside the inputs that were not read, counted by suffix."""
+    source_bytes: int | None = None
+    """All files that were read, on disk. None, as the next three, where an older version wrote the data set."""
+    unit_bytes: int | None = None
+    """Text in a unit of work, about; with the inputs it decides what is in which shard."""
+    shard_tokens: int | None = None
+    """Tokens at which a shard is closed and another begun."""
+    max_bad: float | None = None
+    """Share of the records that might have been quarantined."""
     created: str
     """UTC, ISO 8601."""
     shards: tuple[TokenShard, ...]
@@ -120,6 +128,19 @@ def read_manifest(folder: Path) -> DatasetManifest:
     Raises:
         DataError: the folder is no data set, is damaged, or was written by another version.
     """
+    manifest = parse_manifest(folder)
+    problems = file_problems(folder, manifest)
+    if problems:
+        raise DataError(f"the data set {folder} is damaged; copy it again or tokenize again:", problems)
+    return manifest
+
+
+def parse_manifest(folder: Path) -> DatasetManifest:
+    """Read a data set's manifest alone.
+
+    Raises:
+        DataError: the folder is no data set, or its manifest is none of this version.
+    """
     remedy = "write one with `orchestrate tokenize INPUT --tokenizer PATH --output DIR`"
     path = folder / MANIFEST
     if not path.is_file():
@@ -137,9 +158,6 @@ def read_manifest(folder: Path) -> DatasetManifest:
     if manifest is None:
         # The remedy after the semicolon is one for recipes.
         raise DataError(f"{path} is damaged; tokenize again:", [text.split(";")[0] for text in problems])
-    problems = [*_damage(folder, manifest)]
-    if problems:
-        raise DataError(f"the data set {folder} is damaged; copy it again or tokenize again:", problems)
     return manifest
 
 
@@ -148,7 +166,8 @@ def to_json(manifest: DatasetManifest) -> str:
     return json.dumps(to_plain(manifest), indent=2, ensure_ascii=False)
 
 
-def _damage(folder: Path, manifest: DatasetManifest) -> list[str]:
+def file_problems(folder: Path, manifest: DatasetManifest) -> list[str]:
+    """Return which files of a data set are missing or of another size, and whether its manifest was changed."""
     found = []
     if manifest.fingerprint != fingerprint_of(manifest):
         found.append(f"{MANIFEST} was changed by hand: its fingerprint is of other contents")

@@ -1,42 +1,39 @@
-"""Text in, data set folder out: find, read, encode, write, and account for every document.
+"""Text in, data set folders out: find files, cut them into units, have the units worked on, account for all, publish.
 
-The effect around the parts of this folder. A data set folder appears whole or not at all; with
-documents held out, both folders appear or neither. Memory is bounded by one batch of documents (or
-by the largest document), whatever the size of the corpus.
+What is under way lies in `OUTPUT.partial` (work_folder.py) and survives any kill; the same command goes on with it.
+The units follow from the inputs alone, and each gives the same bytes whoever works on it and however often it was
+interrupted, so the data set does as well. A data set folder appears whole or not at all.
 """
 
-import contextlib
-import dataclasses
-import os
 import shutil
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 
-from orchestrator.errors import ConfigError, DataError
-from orchestrator.files import JsonLines, new_folder, sha256_of, write_atomic
-from orchestrator.tokenize.document_lengths import DocumentLengths
-from orchestrator.tokenize.documents import BadRecord, Document, FoundFiles, find_files, read_documents
-from orchestrator.tokenize.engine import Engine, load_engine
-from orchestrator.tokenize.manifest import (
-    MANIFEST,
-    PICTURE,
-    QUARANTINE,
-    TOKENIZER,
-    DatasetManifest,
-    TokenShard,
-    fingerprint_of,
-    to_json,
-)
-from orchestrator.tokenize.shard import ShardWriter, token_type
-from orchestrator.units import format_count, format_time
-
-BATCH_BYTES = 1 << 20
-BATCH_DOCUMENTS = 1024
+from orchestrator.errors import ConfigError, DataError, OrchestrateError
+from orchestrator.files import sha256_of
+from orchestrator.tokenize.begin import absolute_files, begin, coordinator_lock
+from orchestrator.tokenize.blocks import BLOCK_BYTES
+from orchestrator.tokenize.engine import EngineChoice
+from orchestrator.tokenize.engines import load_engine
+from orchestrator.tokenize.inputs import find_files
+from orchestrator.tokenize.manifest import DatasetManifest
+from orchestrator.tokenize.publish import complete, move_out
+from orchestrator.tokenize.shard import token_type
+from orchestrator.tokenize.source_errors import printable
+from orchestrator.tokenize.tally import add_up, refuse_nothing, refuse_too_many_bad
+from orchestrator.tokenize.unit_work import COMMIT_SECONDS
+from orchestrator.tokenize.units import choose_unit_bytes
+from orchestrator.tokenize.watch import Watch
+from orchestrator.tokenize.work_folder import UnitRecord, WorkFolder, WorkPlan
+from orchestrator.tokenize.workers import processors, work_on
+from orchestrator.tokenize.write_errors import explain
 
 # 2 GB of uint16. GPTDataset keeps document ids in int32, so a large corpus needs many shards.
 SHARD_TOKENS = 1 << 30
+MAX_BAD = 0.01
+
+CarryOut = Callable[[WorkFolder, Callable[[], None]], None]
+"""Has all units of a folder worked on, by whom it likes; calls the function about twice a second meanwhile."""
 
 
 def tokenize_corpus(
@@ -47,86 +44,89 @@ def tokenize_corpus(
     text_key: str = "text",
     validation_output: Path | None = None,
     validation_every: int | None = None,
+    max_bad: float = MAX_BAD,
+    workers: int | None = None,
+    engine: EngineChoice = "auto",
+    unit_bytes: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
     progress: bool = True,
+    commit_seconds: float = COMMIT_SECONDS,
+    block_bytes: int = BLOCK_BYTES,
+    carry_out: CarryOut | None = None,
 ) -> DatasetManifest:
-    """Tokenize text into a new data set folder and return its manifest.
+    """Tokenize text into a new data set folder, or go on with one that is half done, and return its manifest.
 
     Args:
         inputs: files, folders and glob patterns.
-        tokenizer: a SentencePiece model, or a folder that has a `tokenizer.model`.
-        output: the folder to make.
-        text_key: key of the text in JSON lines.
+        tokenizer: a SentencePiece model or tokenizer.json, or a folder that has one.
+        output: the folder to make; what is under way lies in `output`.partial.
+        text_key: key of the text in JSON lines, and column in parquet.
         validation_output: a second folder, for held-out documents; by default `output`-validation.
-        validation_every: of the documents that have text, each so-many-th is held out; None: none.
+        validation_every: one document in so many is held out, by the checksum of its text; None: none.
+        max_bad: share of the records that may be quarantined.
+        workers: processes; by default one for each processor.
+        engine: what turns text into ids.
+        unit_bytes: text of a unit of work, about; by default by the size of the corpus.
         shard_tokens: a shard that has so many tokens is closed and another begun.
         progress: show a bar on stderr.
+        commit_seconds: how often each unit is put safely on disk.
+        block_bytes: text that is encoded at once.
+        carry_out: who works on the units instead of `workers` processes of this machine.
 
     Raises:
         ConfigError: the request contradicts itself.
-        DataError: no text, no tokenizer, a file that cannot be read, or no room; no folder is left.
-        OrchestrateError: an output folder exists already.
+        DataError: no text, no tokenizer, a file that cannot be read, too many bad records, or what is under way was
+            begun with other settings.
+        DiskFullError: no room; what is done is kept.
+        OrchestrateError: an output folder exists already, or another process works on it.
     """
     validation_output = choose_validation_output(output, validation_output, validation_every)
-    found = find_files(inputs)
-    engine, tokenizer_path = load_engine(tokenizer)
-    try:
-        with contextlib.ExitStack() as stack:
-            folder, validation_folder = stack.enter_context(_new_folders(output, validation_output))
-            training = stack.enter_context(_DataSetWriter(folder, engine, shard_tokens))
-            validation = None
-            if validation_folder is not None:
-                validation = stack.enter_context(_DataSetWriter(validation_folder, engine, shard_tokens))
-            reading = stack.enter_context(contextlib.closing(_Reading(folder / QUARANTINE)))
-            split = _Split(training, validation, validation_every)
-            with _ProgressBar(found.size_bytes, progress) as bar:
-                for batch in _batches(found, text_key, reading, bar):
-                    _write(batch, engine, reading, split)
-                    bar.show(reading, split.tokens)
-            reading.close()
-            _check_counts(reading, split)
+    _check_numbers(max_bad, workers, unit_bytes, shard_tokens)
+    folder = WorkFolder(output.absolute().with_name(f"{output.name}.partial"))
+    outputs = [output] if validation_output is None else [output, validation_output]
+    _refuse_taken(folder, outputs)
+    found = find_files(inputs, text_key=text_key, leave_out=[folder.path, *outputs])
+    loaded, tokenizer_path = load_engine(tokenizer, engine)
+    files = absolute_files(found)
+    wanted = WorkPlan(
+        tokenizer_file="tokenizer.json" if tokenizer_path.suffix == ".json" else "tokenizer.model",
+        tokenizer_sha256=sha256_of(tokenizer_path),
+        engine_choice=engine,
+        engine=loaded.name,
+        vocab_size=loaded.vocab_size,
+        end_of_document=loaded.end_of_document,
+        begin_of_document=loaded.begin_of_document,
+        text_key=text_key,
+        validation_every=validation_every,
+        validation_output=None if validation_output is None else str(validation_output.absolute()),
+        shard_tokens=shard_tokens,
+        unit_bytes=unit_bytes or choose_unit_bytes(files),
+        inputs=tuple(printable(path) for path in inputs),
+        files=len(files),
+        skipped_files=found.skipped,
+        units=0,
+        dtype=token_type(loaded.vocab_size),
+    )
 
-            manifest = DatasetManifest(
-                fingerprint="",
-                tokenizer_file=TOKENIZER,
-                tokenizer_sha256=sha256_of(tokenizer_path),
-                engine=engine.name,
-                vocab_size=engine.vocab_size,
-                end_of_document=engine.end_of_document,
-                begin_of_document=engine.begin_of_document,
-                documents_read=reading.documents,
-                documents=training.documents,
-                held_out_documents=validation.documents if validation else 0,
-                empty_documents=reading.empty,
-                quarantined_documents=reading.quarantined,
-                tokens=training.tokens,
-                text_bytes=training.text_bytes,
-                part="training" if validation else "all",
-                validation_every=validation_every,
-                text_key=text_key,
-                inputs=tuple(_printable(path) for path in inputs),
-                files=len(found.files),
-                skipped_files=found.skipped,
-                created=format_time(time.time()),
-                shards=training.finish_shards(),
-            )
-            if validation is not None:
-                held_out = dataclasses.replace(
-                    manifest,
-                    documents_read=validation.documents,
-                    documents=validation.documents,
-                    held_out_documents=0,
-                    empty_documents=0,
-                    quarantined_documents=0,
-                    tokens=validation.tokens,
-                    text_bytes=validation.text_bytes,
-                    part="validation",
-                    shards=validation.finish_shards(),
-                )
-                validation.complete(held_out, tokenizer_path, validation_output or output)
-            return training.complete(manifest, tokenizer_path, output)
+    def on_this_machine(folder: WorkFolder, look: Callable[[], None]) -> None:
+        units, processes = range(folder.read_plan().units), workers or processors()
+        work_on(folder.path, units, processes, commit_seconds, block_bytes=block_bytes, engine=loaded, look=look)
+
+    try:
+        with coordinator_lock(folder) as lock:
+            _refuse_taken(folder, outputs)
+            plan = begin(folder, wanted, files, tokenizer_path, unit_bytes_given=unit_bytes is not None)
+            if not folder.published.exists():
+                source_bytes = sum(its.unit.source_bytes for its in folder.read_units())
+                watch = Watch(folder, lock, source_bytes=source_bytes, max_bad=max_bad, bar=progress)
+                with watch.shown():
+                    (carry_out or on_this_machine)(folder, watch.look)
+                    records = watch.finish()
+                _check_done(folder, plan, records, max_bad)
+                complete(folder, plan, records, output, max_bad=max_bad)
+            return move_out(folder, plan, output)
     except OSError as error:
-        raise DataError(f"cannot write the data set {output}: {error}; nothing of it was kept") from error
+        raise explain(error, f"cannot write the data set {output}", folder.path) from error
 
 
 def choose_validation_output(output: Path, validation_output: Path | None, every: int | None) -> Path | None:
@@ -138,8 +138,8 @@ def choose_validation_output(output: Path, validation_output: Path | None, every
     if every is None:
         if validation_output is not None:
             raise ConfigError(
-                f"validation output {validation_output} was given, but not which documents go there; "
-                "add --validation-every 20 for each twentieth"
+                f"validation output {validation_output} was given, but not how many documents go there; "
+                "add --validation-every 20 for one in twenty"
             )
         return None
     if every < 2:
@@ -151,231 +151,32 @@ def choose_validation_output(output: Path, validation_output: Path | None, every
     return chosen
 
 
-@contextlib.contextmanager
-def _new_folders(output: Path, validation_output: Path | None) -> Iterator[tuple[Path, Path | None]]:
-    """Yield temporary folders that become both outputs, or none of them."""
-    if validation_output is None:
-        with new_folder(output) as folder:
-            yield folder, None
-        return
-    validation_is_out = False
+def _check_numbers(max_bad: float, workers: int | None, unit_bytes: int | None, shard_tokens: int) -> None:
+    if not 0 <= max_bad <= 1:
+        raise ConfigError(f"--max-bad {max_bad:g} should be a share of the records, from 0 to 1")
+    for name, value in (("--workers", workers), ("unit_bytes", unit_bytes), ("shard_tokens", shard_tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} {value} should be 1 or more")
+
+
+def _refuse_taken(folder: WorkFolder, outputs: Sequence[Path]) -> None:
+    """Refuse names that are taken, but for folders that were moved there by this very work before it was killed."""
+    taken = [output for output in outputs if output.exists()]
+    if taken and not folder.published.exists():
+        raise OrchestrateError(f"output {taken[0]} exists already; name another or remove it")
+
+
+def _check_done(folder: WorkFolder, plan: WorkPlan, records: Sequence[UnitRecord], max_bad: float) -> None:
+    """See that all units are done and that what they are together can be used."""
+    tally = add_up(records)
+    if tally.units_done != plan.units:
+        raise OrchestrateError(
+            f"{plan.units - tally.units_done} of {plan.units} units are not done, though whoever worked on them says "
+            f"so; what is done is kept in {folder.path}, and the same command goes on"
+        )
     try:
-        with new_folder(output) as folder:
-            with new_folder(validation_output) as validation_folder:
-                yield folder, validation_folder
-            validation_is_out = True
-    except BaseException:
-        if validation_is_out:
-            shutil.rmtree(validation_output, ignore_errors=True)
+        refuse_nothing(tally, plan.validation_every)
+    except DataError:
+        shutil.rmtree(folder.path)
         raise
-
-
-class _DataSetWriter:
-    """The shards and files of one data set folder, and what went into them."""
-
-    def __init__(self, folder: Path, engine: Engine, shard_tokens: int) -> None:
-        self._folder = folder
-        self._dtype = token_type(engine.vocab_size)
-        self._end_of_document = engine.end_of_document
-        self._shard_tokens = shard_tokens
-        self._shards: list[TokenShard] = []
-        self._open: ShardWriter | None = None
-        self._lengths = DocumentLengths()
-        self.documents = 0
-        self.tokens = 0
-        self.text_bytes = 0
-
-    def __enter__(self) -> "_DataSetWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._open is not None:
-            self._open.close()
-
-    def add(self, document: Document, ids: Sequence[int]) -> None:
-        """Append a document and its end."""
-        if self._open is None:
-            self._open = ShardWriter(self._folder, f"shard_{len(self._shards):05d}", self._dtype)
-        length = self._open.add_document([*ids, self._end_of_document])
-        self._lengths.add(length)
-        self.documents += 1
-        self.tokens += length
-        self.text_bytes += document.text_bytes
-        if self._open.tokens >= self._shard_tokens:
-            self.finish_shards()
-
-    def finish_shards(self) -> tuple[TokenShard, ...]:
-        """Close the open shard, if any, and return all shards."""
-        if self._open is not None:
-            self._shards.append(self._open.finish())
-            self._open = None
-        return tuple(self._shards)
-
-    def complete(self, manifest: DatasetManifest, tokenizer: Path, published_as: Path) -> DatasetManifest:
-        """Add tokenizer, picture and, last, the manifest with its fingerprint."""
-        shutil.copyfile(tokenizer, self._folder / TOKENIZER)
-        self._lengths.draw(self._folder / PICTURE, published_as.name)
-        manifest = dataclasses.replace(manifest, fingerprint=fingerprint_of(manifest))
-        write_atomic(self._folder / MANIFEST, to_json(manifest) + "\n")
-        return manifest
-
-
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    """Where a document goes: each `every`-th to validation, if there is one."""
-
-    training: _DataSetWriter
-    validation: _DataSetWriter | None
-    every: int | None
-
-    @property
-    def documents(self) -> int:
-        """Documents written to both."""
-        return self.training.documents + (self.validation.documents if self.validation else 0)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens written to both."""
-        return self.training.tokens + (self.validation.tokens if self.validation else 0)
-
-    def add(self, document: Document, ids: Sequence[int]) -> None:
-        """Write a document to its data set."""
-        if self.validation and self.every and (self.documents + 1) % self.every == 0:
-            self.validation.add(document, ids)
-        else:
-            self.training.add(document, ids)
-
-
-class _Reading:
-    """What became of the documents read; the bad ones are written to the quarantine file."""
-
-    def __init__(self, quarantine: Path) -> None:
-        self._path = quarantine
-        self._quarantine: JsonLines | None = None
-        self.documents = 0
-        self.empty = 0
-        self.quarantined = 0
-        self.first_reasons: list[str] = []
-
-    def quarantine(self, record: BadRecord) -> None:
-        """Keep a bad record with where it was and why it is bad."""
-        if self._quarantine is None:
-            self._quarantine = JsonLines(self._path)
-        file = _printable(record.file)
-        self._quarantine.append(
-            {
-                "file": file,
-                "offset": record.offset,
-                "bytes": len(record.content),
-                "reason": record.reason,
-                "content": record.content.decode("utf-8", "backslashreplace"),
-            }
-        )
-        self.quarantined += 1
-        if len(self.first_reasons) < 3:
-            self.first_reasons.append(f"{file}, byte {record.offset}: {record.reason}")
-
-    def close(self) -> None:
-        """Flush the quarantine file, where there is one."""
-        if self._quarantine is not None:
-            self._quarantine.close()
-            self._quarantine = None
-
-
-def _batches(found: FoundFiles, text_key: str, reading: _Reading, bar: "_ProgressBar") -> Iterator[list[Document]]:
-    """Yield documents in groups worth a call of the engine; put bad records into quarantine."""
-    batch: list[Document] = []
-    batch_bytes = 0
-    for file in found.files:
-        for record in read_documents(file, text_key):
-            reading.documents += 1
-            bar.read_bytes += record.source_bytes
-            if isinstance(record, BadRecord):
-                reading.quarantine(record)
-                continue
-            batch.append(record)
-            batch_bytes += record.text_bytes
-            if batch_bytes >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-                yield batch
-                batch, batch_bytes = [], 0
-    yield batch
-
-
-def _write(batch: Sequence[Document], engine: Engine, reading: _Reading, split: _Split) -> None:
-    """Encode documents and write them; what gives no token is counted as empty."""
-    encoded = engine.encode([document.text for document in batch])
-    for document, ids in zip(batch, encoded, strict=True):
-        if ids:
-            split.add(document, ids)
-        else:
-            reading.empty += 1
-
-
-def _check_counts(reading: _Reading, split: _Split) -> None:
-    """Account for every document, and refuse a data set without one: megatron-core cannot open it."""
-    if reading.documents != split.documents + reading.empty + reading.quarantined:
-        raise AssertionError(
-            f"{reading.documents} documents read, but {split.documents} written, {reading.empty} empty and "
-            f"{reading.quarantined} quarantined; this is a fault of orchestrator.tokenize"
-        )
-    if not split.documents:
-        raise DataError(
-            f"no document has text: {reading.documents} read, {reading.empty} empty, "
-            f"{reading.quarantined} unreadable; nothing was kept",
-            reading.first_reasons,
-        )
-    if split.validation is not None and not split.validation.documents:
-        raise DataError(
-            f"holding out each {split.every}th document leaves none to validate on, since only "
-            f"{split.documents} have text; use a smaller --validation-every"
-        )
-
-
-class _ProgressBar:
-    """A bar on stderr with the speed so far; where stderr is no terminal, only its last state."""
-
-    def __init__(self, total_bytes: int, is_shown: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._progress = Progress(
-            TextColumn("tokenize"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[counts]}"),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=Console(stderr=True),
-            disable=not is_shown,
-        )
-        self._total_bytes = total_bytes
-        self._task = self._progress.add_task("", total=max(1, total_bytes), counts="")
-        self._start = time.monotonic()
-        self.read_bytes = 0
-
-    def __enter__(self) -> "_ProgressBar":
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            # Blank lines and byte order marks were read as well.
-            self._progress.update(self._task, completed=max(1, self._total_bytes))
-        self._progress.stop()
-
-    def show(self, reading: _Reading, tokens: int) -> None:
-        """Bring counts and speed up to date."""
-        seconds = max(1e-3, time.monotonic() - self._start)
-        counts = (
-            f"{self.read_bytes / 1e6 / seconds:.1f} MB/s  {format_count(tokens / seconds)} tokens/s  "
-            f"{format_count(reading.documents)} documents  {reading.quarantined} bad"
-        )
-        self._progress.update(self._task, completed=self.read_bytes, counts=counts)
-
-
-def _printable(path: Path) -> str:
-    """Return a path as text that UTF-8 can hold, whatever bytes its name is made of."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    refuse_too_many_bad(tally, max_bad, at_end=True)

@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "Run the whole path on this machine: text in, a trained and exported model out.",
     "doctor": "Say what works on this machine, what does not, and the remedy.",
     "tokenize": "Turn text into Megatron data sets.",
+    "data": "Look into data sets, merge them, index them, see what a step of a run saw.",
     "upscale": "Deepen a Hugging Face model by SOLAR's rule.",
     "plan": "Show layout, memory, steps and cost of a recipe, without starting anything.",
     "launch": "Start a run.",

@@ -2,8 +2,12 @@
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from orchestrator.tokenize.engine import EngineChoice
 
 
 @click.command()
@@ -12,21 +16,39 @@ import click
     "--tokenizer",
     required=True,
     type=click.Path(path_type=Path),
-    help="SentencePiece model, or a model folder that has a tokenizer.model.",
+    help="SentencePiece model or tokenizer.json, or a model folder that has one.",
 )
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder to make.")
-@click.option("--text-key", default="text", show_default=True, help="Key of the text in JSON lines.")
+@click.option("--text-key", default="text", show_default=True, help="Key of the text in JSON lines, column in parquet.")
 @click.option(
     "--validation-every",
     type=int,
     metavar="N",
-    help="Hold out each N-th document that has text, as a data set of its own.",
+    help="Hold out one document in N, by the checksum of its text, as a data set of its own.",
 )
 @click.option(
     "--validation-output",
     type=click.Path(path_type=Path),
     help="Folder for the documents held out.  [default: OUTPUT-validation]",
 )
+@click.option(
+    "--workers", type=click.IntRange(min=1), metavar="N", help="Processes.  [default: one for each processor]"
+)
+@click.option(
+    "--max-bad",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    help="Share of the records that may be bad; with more it stops.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "native", "sentencepiece", "tokenizers"]),
+    default="auto",
+    show_default=True,
+    help="What turns text into ids.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done, with a guess at tokens and disk.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest, and only that, on stdout.")
 def command(
     inputs: tuple[Path, ...],
@@ -35,14 +57,21 @@ def command(
     text_key: str,
     validation_every: int | None,
     validation_output: Path | None,
+    workers: int | None,
+    max_bad: float,
+    engine: "EngineChoice",
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Turn text into a Megatron data set.
 
-    INPUT is a file, a folder or a quoted glob of .jsonl (one document a line), and .txt, .py, .rst and
-    .md (one document a file), in UTF-8. The folder OUTPUT gets .bin/.idx shards, manifest.json, the
-    tokenizer and a picture of the document lengths. A record that cannot be read is kept in
-    OUTPUT/quarantine.jsonl, with file, byte and reason. OUTPUT appears when all is done, or not at all.
+    INPUT is a file, a folder or a quoted glob of JSON lines (.jsonl, also .gz and .zst; one document a
+    line), .parquet (a row), and .txt, .py, .rst and .md (a file), in UTF-8. The folder OUTPUT gets
+    .bin/.idx shards, manifest.json, the tokenizer and a picture of the document lengths. A record that
+    cannot be read is kept in OUTPUT/quarantine.jsonl, with file, byte and reason.
+
+    OUTPUT appears when all is done. What is under way lies in OUTPUT.partial: after a kill, or with the
+    disk full, the same command goes on from there, and the result is that of an undisturbed run.
 
     \b
     orchestrate tokenize corpus/ --tokenizer base/tokenizer.model --output data/train
@@ -52,14 +81,24 @@ def command(
     from orchestrator.tokenize.stage import choose_validation_output, tokenize_corpus
 
     validation_folder = choose_validation_output(output, validation_output, validation_every)
-    manifest = tokenize_corpus(
-        inputs,
-        tokenizer,
-        output,
-        text_key=text_key,
-        validation_output=validation_folder,
-        validation_every=validation_every,
-    )
+    if dry_run:
+        _print_estimate(inputs, tokenizer, output, validation_folder, text_key, engine, as_json)
+        return
+    try:
+        manifest = tokenize_corpus(
+            inputs,
+            tokenizer,
+            output,
+            text_key=text_key,
+            validation_output=validation_folder,
+            validation_every=validation_every,
+            max_bad=max_bad,
+            workers=workers,
+            engine=engine,
+        )
+    except KeyboardInterrupt:
+        click.echo(f"notice: what is done is kept in {output}.partial, and the same command goes on", err=True)
+        raise
     _print_notices(output, manifest.quarantined_documents, manifest.skipped_files)
     if as_json:
         click.echo(to_json(manifest))
@@ -70,6 +109,48 @@ def command(
         _print_summary(validation_folder)
         data = f"{shlex.quote(data)} {shlex.quote(f'data.validation={validation_folder.absolute()}')}"
     click.echo(f"next: orchestrate plan solar-10.7b {data}")
+
+
+def _print_estimate(
+    inputs: tuple[Path, ...],
+    tokenizer: Path,
+    output: Path,
+    validation_folder: Path | None,
+    text_key: str,
+    engine: "EngineChoice",
+    as_json: bool,
+) -> None:
+    from orchestrator.files import free_room
+    from orchestrator.screen import print_facts, print_json
+    from orchestrator.tokenize.estimate import estimate
+    from orchestrator.units import format_bytes, format_count
+    from orchestrator.values import to_plain
+
+    outputs = [output] if validation_folder is None else [output, validation_folder]
+    made = estimate(inputs, tokenizer, text_key=text_key, engine=engine, leave_out=outputs)
+    if as_json:
+        print_json(to_plain(made))
+        return
+    place = next(path for path in output.absolute().parents if path.exists())
+    files = [
+        (kind.kind, f"{kind.files:,} file{'s' if kind.files > 1 else ''}, {format_bytes(kind.source_bytes)}")
+        for kind in made.kinds
+    ]
+    bad = f", {made.sampled_bad:,} bad" if made.sampled_bad else ""
+    print_facts(
+        f"would tokenize to {', '.join(map(str, outputs))}",
+        [
+            *files,
+            ("units", f"{made.units:,}, of about {format_bytes(made.unit_bytes)} of text"),
+            ("engine", made.engine),
+            ("documents", f"about {format_count(made.documents)}, from a sample of {made.sampled_documents:,}{bad}"),
+            ("tokens", f"about {format_count(made.tokens)}"),
+            ("disk", f"about {format_bytes(made.disk_bytes)}; {format_bytes(free_room(place)[0])} are free"),
+        ],
+    )
+    for taken in (path for path in outputs if path.exists()):
+        click.echo(f"notice: {taken} exists already; name another or remove it", err=True)
+    click.echo("next: the same command without --dry-run")
 
 
 def _print_notices(output: Path, quarantined: int, skipped: dict[str, int]) -> None:
