@@ -21,6 +21,8 @@ SUBMIT_SECONDS = 120
 """How long a submission may take; an intent of which nothing was heard for longer came to nothing."""
 _SLURM_PENDING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 _SLURM_RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED")
+SLURM_LIVING = frozenset((*_SLURM_PENDING, *_SLURM_RUNNING))
+"""States of jobs that run, or will by themselves."""
 
 
 def ask(run: RunDirectory) -> JobAnswer:

@@ -1,4 +1,4 @@
-"""Submit a run's supervisor as one job through Submitit. The only module that imports submitit.
+"""Submit a run's supervisor as one job through Submitit, or a job array. The only module that imports submitit.
 
 The job's main process is our supervisor, not Submitit's pickled function: it hears the signals
 itself and imports the run's own snapshot of the code. Submitit 1.5.4's private `_submit_command`
@@ -6,6 +6,7 @@ does that, called in one place for each executor.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,22 +117,29 @@ def _submitted(run: RunDirectory, number: int) -> dict[str, Any]:
     Raises:
         SchedulerError: it failed, or took too long.
     """
+    return _answer_of([str(run.path), str(number)], f"run {run.name}", run.path, code_environment(run))
+
+
+def _answer_of(
+    arguments: Sequence[str], what: str, folder: Path, environment: Mapping[str, str], given: str | None = None
+) -> dict[str, Any]:
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", "orchestrator.slurm.submission", str(run.path), str(number)],
-        env=without_job(code_environment(run)),
-        cwd=run.path,
+        [sys.executable, "-P", "-m", "orchestrator.slurm.submission", *arguments],
+        env=without_job(environment),
+        cwd=folder,
         start_new_session=True,
+        stdin=None if given is None else subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         try:
-            output, errors = process.communicate(timeout=SUBMIT_SECONDS)
+            output, errors = process.communicate(given, timeout=SUBMIT_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            raise SchedulerError(f"the submission of run {run.name} took more than {SUBMIT_SECONDS} s") from None
+            raise SchedulerError(f"the submission of {what} took more than {SUBMIT_SECONDS} s") from None
     if process.returncode:
-        raise SchedulerError(f"the job of run {run.name} could not be submitted:\n{errors.strip()[-2000:]}")
+        raise SchedulerError(f"the job of {what} could not be submitted:\n{errors.strip()[-2000:]}")
     return dict(json.loads(output.splitlines()[-1]))
 
 
@@ -224,6 +232,50 @@ def _submit_slurm(run: RunDirectory, plan: TrainingPlan, number: int) -> tuple[s
     return str(job.job_id), 0.0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayScript:
+    """A job array that any number of times does the same command."""
+
+    folder: str
+    """Where the script is kept."""
+    options: dict[str, Any]
+    """Of sbatch by their long names, with _ for -; True stands for one without a value."""
+    setup: list[str]
+    command: str
+
+    def executor(self) -> Any:
+        """Return Submitit's executor with what sbatch is asked for."""
+        import submitit
+
+        executor = submitit.SlurmExecutor(folder=self.folder)
+        executor.update_parameters(
+            use_srun=False, stderr_to_stdout=True, wckey=None, additional_parameters=self.options, setup=self.setup
+        )
+        return executor
+
+    def text(self) -> str:
+        """Return the script."""
+        text: str = self.executor()._make_submission_file_text(self.command, "test")
+        return text
+
+
+def submit_array(script: ArrayScript, what: str) -> str:
+    """Submit a job array in a process of its own session, and return its id.
+
+    Raises:
+        SchedulerError: sbatch failed, or took too long; whether there is a job is known by its name only.
+    """
+    given = json.dumps(dataclasses.asdict(script))
+    return str(_answer_of([], what, Path(script.folder), os.environ, given)["job_id"])
+
+
+def main_of_array() -> None:
+    """Submit the array that stdin has, and print the job's record as JSON in the last line."""
+    script = ArrayScript(**json.load(sys.stdin))
+    job = script.executor()._submit_command(script.command)
+    print(json.dumps({"job_id": str(job.job_id)}))
+
+
 def main(path: str, number: int) -> None:
     """Submit, and print the job's record as JSON in the last line."""
     run = RunDirectory(Path(path))
@@ -246,4 +298,7 @@ def main(path: str, number: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    if len(sys.argv) == 1:
+        main_of_array()
+    else:
+        main(sys.argv[1], int(sys.argv[2]))

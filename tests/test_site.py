@@ -124,6 +124,7 @@ def test_script_srun_line_and_variables_are_the_golden_ones(name: str, request: 
 
 def test_every_golden_script_belongs_to_a_feature_or_a_profile() -> None:
     expected = {f"feature-{name}.sh" for name in FEATURES} | {f"cluster-{name}.sh" for name in PROFILES}
+    expected |= {"tokenize-array.sh"}  # of test_tokenize_array.py
     found = {path.name for path in (REPOSITORY / "tests" / "golden").glob("*.sh")}
     assert found == expected
 

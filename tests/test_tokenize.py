@@ -20,9 +20,11 @@ import pytest
 import sentencepiece
 
 from orchestrator.errors import ConfigError, DataError, OrchestrateError
+from orchestrator.tokenize.concatenate import Source, concatenate
 from orchestrator.tokenize.document_lengths import bin_start, bins_of, count_lengths
+from orchestrator.tokenize.hugging_face import tokenizer_files
 from orchestrator.tokenize.manifest import DatasetManifest, read_manifest
-from orchestrator.tokenize.shard import ShardWriter, concatenate_shards, token_type
+from orchestrator.tokenize.shard import ShardWriter, token_type
 from orchestrator.tokenize.stage import tokenize_corpus
 
 TOKENIZER = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
@@ -154,6 +156,22 @@ def test_a_large_corpus_is_cut_into_shards_that_hold_the_same_documents(tmp_path
     assert (sum(shard.documents for shard in many.shards), many.tokens) == (100, one.tokens)
 
 
+def test_a_tokenizer_json_gives_the_same_shards_by_several_processes(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name, content in tokenizer_files(TOKENIZER).items():
+        (model / name).write_text(content)
+    source = write_lines(tmp_path / "text.jsonl", TEXTS * 20)
+    settings = {"progress": False, "unit_bytes": 60_000}
+    by_json = tokenize_corpus([source], model, tmp_path / "json", workers=2, **settings)
+    by_model = tokenize_corpus([source], TOKENIZER, tmp_path / "model-file", engine="sentencepiece", **settings)
+    assert by_json.shards == by_model.shards
+    assert len(by_json.shards) > 1
+    assert (by_json.tokenizer_file, by_json.end_of_document) == ("tokenizer.json", by_model.end_of_document)
+    assert (tmp_path / "json" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    assert by_json.engine.startswith("tokenizers ")
+
+
 # --- What is read
 
 
@@ -264,16 +282,14 @@ def test_shards_that_are_put_together_equal_one_of_the_same_documents(tmp_path: 
     texts = [f"document number {number}" for number in range(50)]
     source = write_lines(tmp_path / "text.jsonl", texts)
     (whole,) = tokenize([source], tmp_path / "one").shards
-    parts = [tmp_path / "many" / shard.name for shard in tokenize([source], tmp_path / "many", shard_tokens=60).shards]
+    parts = tokenize([source], tmp_path / "many", shard_tokens=60).shards
     assert len(parts) > 4
-    assert concatenate_shards(parts, tmp_path, whole.name) == whole
+    sources = [Source(folder=tmp_path / "many", shard=shard) for shard in parts]
+    assert concatenate(sources, tmp_path, whole.name) == whole
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"{whole.name}{suffix}").read_bytes() == (
             tmp_path / "one" / f"{whole.name}{suffix}"
         ).read_bytes()
-    with pytest.raises(DataError, match="should begin as Megatron's index"):
-        os.truncate(tmp_path / "many" / f"{parts[1].name}.idx", 5)
-        concatenate_shards(parts, tmp_path, "other")
 
 
 # --- The manifest

@@ -266,7 +266,7 @@ def test_a_full_disk_is_told_and_with_room_the_same_command_goes_on(
 def test_a_file_that_may_not_grow_is_told_and_the_same_command_goes_on(tmp_path: Path, expected: Path) -> None:
     """The limit is that of a shell's `ulimit -f`; unlike a small disk it needs no root."""
     source = write_lines(tmp_path / "text.jsonl", ["a few words, again and again. " * 100] * 2000)
-    large = {"unit_bytes": 1 << 30, "shard_tokens": 1 << 30, "validation_every": None}
+    large = {"unit_bytes": 1 << 30, "shard_tokens": 1 << 30, "validation_every": None, "block_bytes": 100_000}
     limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, {resource.RLIM_INFINITY}))"
     with start([source], tmp_path / "data", workers=1, before=limit, **large) as process:
         complaint, _ = process.communicate(timeout=DEADLINE_SECONDS)

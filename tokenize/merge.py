@@ -6,15 +6,14 @@ compared with its manifest's checksum, so that damage is not carried on.
 
 import collections
 import dataclasses
-import hashlib
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.files import CHUNK_BYTES, check_room, new_folder, sha256_of, write_atomic
+from orchestrator.files import CHUNK_BYTES, check_room, new_folder, write_atomic
+from orchestrator.tokenize.concatenate import SHARD_TOKENS, Source, concatenate, group_shards, lengths_of
 from orchestrator.tokenize.document_lengths import DocumentLengths, count_lengths, draw_lengths
 from orchestrator.tokenize.manifest import (
     MANIFEST,
@@ -26,21 +25,7 @@ from orchestrator.tokenize.manifest import (
     read_manifest,
     to_json,
 )
-from orchestrator.tokenize.shard import INDEX_CHUNK, Lengths, write_index
-from orchestrator.tokenize.shard_reader import ShardReader
 from orchestrator.units import format_time
-
-SHARD_TOKENS = 1 << 30
-LARGEST_SHARD_DOCUMENTS = 2**31 - 1
-"""GPTDataset numbers documents in int32."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
-    """A shard to be copied, with its folder."""
-
-    folder: Path
-    shard: TokenShard
 
 
 def merge_data_sets(
@@ -89,8 +74,8 @@ def merge_data_sets(
                 def copied(size: int, before: int = done) -> None:
                     progress(before + size, total)
 
-                made.append(concatenate_checked(group, folder, f"shard_{number:05d}", copied))
-                lengths = sum((count_lengths(part) for part in _lengths(group)), lengths)
+                made.append(concatenate(group, folder, f"shard_{number:05d}", copied))
+                lengths = sum((count_lengths(part) for part in lengths_of(group)), lengths)
                 done += made[-1].bin_bytes
             first = manifests[0]
             shutil.copyfile(folders[0] / first.tokenizer_file, folder / first.tokenizer_file)
@@ -101,92 +86,6 @@ def merge_data_sets(
     except OSError as error:
         raise DataError(f"cannot write the data set {output}: {error}; nothing of it was kept") from error
     return merged
-
-
-def group_shards(
-    sources: Sequence[Source], *, shards: int | None = None, shard_tokens: int = SHARD_TOKENS
-) -> list[list[Source]]:
-    """Return which shards become one, in order: `shards` groups of about the same size, or as few as fit. Pure."""
-    groups: list[list[Source]] = []
-    if shards is None:
-        tokens = documents = 0
-        for source in sources:
-            tokens, documents = tokens + source.shard.tokens, documents + source.shard.documents
-            if not groups or tokens > shard_tokens or documents > LARGEST_SHARD_DOCUMENTS:
-                groups.append([])
-                tokens, documents = source.shard.tokens, source.shard.documents
-            groups[-1].append(source)
-        return groups
-    total, before = sum(source.shard.tokens for source in sources), 0
-    for index, source in enumerate(sources):
-        middle, left = before + source.shard.tokens / 2, len(sources) - index
-        # The group in whose share of the tokens the middle falls; but no group is skipped, none left without a shard.
-        due = min(int(middle * shards / total) + 1, len(groups) + 1, shards)
-        if not groups or due > len(groups) or left <= shards - len(groups):
-            groups.append([])
-        groups[-1].append(source)
-        before += source.shard.tokens
-    return groups
-
-
-def concatenate_checked(
-    sources: Sequence[Source], folder: Path, name: str, copied: Callable[[int], None]
-) -> TokenShard:
-    """Write one shard of the documents of several, in their order, comparing what is read with its checksums.
-
-    Args:
-        sources: at least one, with ids of one type.
-        copied: told of the bytes of the .bin written so far.
-
-    Raises:
-        DataError: a source is not what its manifest says.
-    """
-    dtype, documents = sources[0].shard.dtype, sum(source.shard.documents for source in sources)
-    whole, size = hashlib.sha256(), 0
-    with (folder / f"{name}.bin").open("xb") as target:
-        for number, source in enumerate(sources):
-            part = hashlib.sha256()
-            with (source.folder / f"{source.shard.name}.bin").open("rb") as stream:
-                while chunk := stream.read(CHUNK_BYTES):
-                    target.write(chunk)
-                    part.update(chunk)
-                    if number:
-                        whole.update(chunk)
-                    size += len(chunk)
-                    copied(size)
-            if number == 0:
-                whole = part.copy()
-            _compare(source, ".bin", part.hexdigest(), source.shard.bin_sha256)
-            index = sha256_of(source.folder / f"{source.shard.name}.idx")
-            _compare(source, ".idx", index, source.shard.index_sha256)
-        target.flush()
-        os.fsync(target.fileno())
-    index_bytes, index_sha256 = write_index(folder / f"{name}.idx", dtype, documents, lambda: _lengths(sources))
-    return TokenShard(
-        name=name,
-        documents=documents,
-        tokens=sum(source.shard.tokens for source in sources),
-        dtype=dtype,
-        bin_bytes=size,
-        index_bytes=index_bytes,
-        bin_sha256=whole.hexdigest(),
-        index_sha256=index_sha256,
-    )
-
-
-def _compare(source: Source, ending: str, found: str, expected: str) -> None:
-    if found != expected:
-        raise DataError(
-            f"{source.folder / source.shard.name}{ending} should have SHA-256 {expected}, found {found}: it is "
-            f"damaged; copy it again, and see all of it with `orchestrate data inspect {source.folder} --verify`"
-        )
-
-
-def _lengths(sources: Sequence[Source]) -> Iterator[Lengths]:
-    for source in sources:
-        lengths = ShardReader(source.folder, source.shard).lengths
-        for start in range(0, len(lengths), INDEX_CHUNK):
-            yield lengths[start : start + INDEX_CHUNK]
 
 
 def _problems(folders: Sequence[Path], manifests: Sequence[DatasetManifest]) -> list[str]:

@@ -8,13 +8,14 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from operator import add
 from pathlib import Path
 
 from orchestrator.errors import DataError, OrchestrateError
 from orchestrator.files import read_json, sync_folder, write_atomic, write_json
+from orchestrator.tokenize.concatenate import Source, concatenate, group_shards
 from orchestrator.tokenize.document_lengths import draw_lengths
 from orchestrator.tokenize.manifest import (
     MANIFEST,
@@ -26,7 +27,6 @@ from orchestrator.tokenize.manifest import (
     read_manifest,
     to_json,
 )
-from orchestrator.tokenize.shard import concatenate_shards
 from orchestrator.tokenize.work_folder import PartRecord, UnitRecord, WorkFolder, WorkPlan
 from orchestrator.units import format_time
 
@@ -154,23 +154,11 @@ def _write_quarantine(made: Path, sources: Iterable[Path]) -> None:
 
 def _concatenated(folder: Path, made: Path, parts: Sequence[PartRecord], shard_tokens: int) -> tuple[TokenShard, ...]:
     """Put the small shards of the units together."""
-    shards = [shard for part in parts for shard in part.shards]
+    sources = [Source(folder=folder, shard=shard) for part in parts for shard in part.shards]
     return tuple(
-        concatenate_shards([folder / shard.name for shard in group], made, f"shard_{number:05d}")
-        for number, group in enumerate(_groups(shards, shard_tokens))
+        concatenate(group, made, f"shard_{number:05d}")
+        for number, group in enumerate(group_shards(sources, shard_tokens=shard_tokens))
     )
-
-
-def _groups(shards: Iterable[TokenShard], shard_tokens: int) -> Iterator[list[TokenShard]]:
-    """Yield shards that follow each other and have so many tokens together, at most, or are one."""
-    group: list[TokenShard] = []
-    for shard in shards:
-        if group and sum(its.tokens for its in group) + shard.tokens > shard_tokens:
-            yield group
-            group = []
-        group.append(shard)
-    if group:
-        yield group
 
 
 def _staging(output: Path, validation_output: Path) -> Path:

@@ -20,7 +20,7 @@ import contextlib
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,7 +32,6 @@ from orchestrator.files import CHUNK_BYTES
 from orchestrator.tokenize.manifest import TOKEN_BYTES, TokenShard, TokenType
 
 INDEX_HEADER = b"MMIDIDX\x00\x00"
-INDEX_LENGTHS_OFFSET = len(INDEX_HEADER) + struct.calcsize("<QBQQ")
 TYPE_CODES: dict[TokenType, int] = {"uint16": 8, "int32": 4}
 INDEX_CHUNK = 1 << 20
 
@@ -101,7 +100,7 @@ class ShardWriter:
         self.close()
         index = self._folder / f"{self._name}.idx"
         index_bytes, index_sha256 = write_index(
-            index, self._dtype, self.documents, lambda: _read_lengths(self.lengths_path, 0, self.documents)
+            index, self._dtype, self.documents, lambda: _read_lengths(self.lengths_path, self.documents)
         )
         return TokenShard(
             name=self._name,
@@ -113,82 +112,6 @@ class ShardWriter:
             bin_sha256=self._hash.hexdigest(),
             index_sha256=index_sha256,
         )
-
-
-def concatenate_shards(sources: Sequence[Path], folder: Path, name: str) -> TokenShard:
-    """Write one shard of the documents of several, in their order, without decoding.
-
-    Args:
-        sources: path prefixes, without suffix, of at least one shard.
-        folder: where the new .bin and .idx go; files of that name are written over.
-
-    Raises:
-        DataError: the shards have ids of different types, or one is no shard with a sequence a document.
-    """
-    heads = [read_index_head(source) for source in sources]
-    types = {dtype for dtype, _ in heads}
-    if len(types) > 1:
-        raise DataError(
-            f"shards to be put together should have ids of one type, found {' and '.join(sorted(types))} in "
-            f"{sources[0].parent}; they were made with different tokenizers"
-        )
-    (dtype,) = types
-    digest, size = hashlib.sha256(), 0
-    with (folder / f"{name}.bin").open("wb") as target:
-        for source in sources:
-            with suffixed(source, ".bin").open("rb") as stream:
-                while chunk := stream.read(CHUNK_BYTES):
-                    target.write(chunk)
-                    digest.update(chunk)
-                    size += len(chunk)
-        target.flush()
-        os.fsync(target.fileno())
-    documents = sum(count for _, count in heads)
-
-    def lengths() -> Iterator[Lengths]:
-        for source, (_, count) in zip(sources, heads, strict=True):
-            yield from _read_lengths(suffixed(source, ".idx"), INDEX_LENGTHS_OFFSET, count)
-
-    index_bytes, index_sha256 = write_index(folder / f"{name}.idx", dtype, documents, lengths)
-    tokens = sum(int(part.sum(dtype=numpy.int64)) for part in lengths())
-    if tokens * TOKEN_BYTES[dtype] != size:
-        raise DataError(
-            f"the indices of {len(sources)} shards from {sources[0]} on count {tokens} tokens, their .bin files hold "
-            f"{size // TOKEN_BYTES[dtype]}; copy them again or tokenize again"
-        )
-    return TokenShard(
-        name=name,
-        documents=documents,
-        tokens=tokens,
-        dtype=dtype,
-        bin_bytes=size,
-        index_bytes=index_bytes,
-        bin_sha256=digest.hexdigest(),
-        index_sha256=index_sha256,
-    )
-
-
-def read_index_head(prefix: Path) -> tuple[TokenType, int]:
-    """Return the type of a shard's ids and its documents.
-
-    Raises:
-        DataError: it is no index of this format with one sequence a document.
-    """
-    path = suffixed(prefix, ".idx")
-    with path.open("rb") as stream:
-        head = stream.read(INDEX_LENGTHS_OFFSET)
-    if len(head) < INDEX_LENGTHS_OFFSET or not head.startswith(INDEX_HEADER):
-        raise DataError(f"{path} should begin as Megatron's index, found {head[:9]!r}; give the prefix of a shard")
-    version, code, sequences, boundaries = struct.unpack("<QBQQ", head[len(INDEX_HEADER) :])
-    dtype = next((name for name, its in TYPE_CODES.items() if its == code), None)
-    size = INDEX_LENGTHS_OFFSET + sequences * 12 + boundaries * 8
-    if version != 1 or dtype is None or boundaries != sequences + 1 or path.stat().st_size != size:
-        raise DataError(
-            f"{path} should be an index of version 1 with ids of uint16 or int32, one sequence a document and {size} "
-            f"bytes; found version {version}, type code {code}, {sequences} sequences, {boundaries - 1} documents, "
-            f"{path.stat().st_size} bytes"
-        )
-    return dtype, sequences
 
 
 def write_index(
@@ -249,12 +172,7 @@ def open_at(path: Path, size: int, reread: Callable[[bytes], object] | None = No
     return stream
 
 
-def suffixed(prefix: Path, suffix: str) -> Path:
-    """Return a shard's file; its name may have dots of its own."""
-    return prefix.with_name(prefix.name + suffix)
-
-
-def _read_lengths(path: Path, offset: int, count: int) -> Iterator[Lengths]:
+def _read_lengths(path: Path, count: int) -> Iterator[Lengths]:
     for start in range(0, count, INDEX_CHUNK):
         taken = min(INDEX_CHUNK, count - start)
-        yield numpy.fromfile(path, dtype="<i4", count=taken, offset=offset + 4 * start)
+        yield numpy.fromfile(path, dtype="<i4", count=taken, offset=4 * start)

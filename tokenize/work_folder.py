@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -217,7 +218,9 @@ class WorkFolder:
     def create(self, plan: WorkPlan, units: Sequence[PlannedUnit], tokenizer: Path) -> None:
         """Make what the folder begins with; the plan last."""
         for folder in (self.records, *map(self.part, PARTS)):
-            folder.mkdir(exist_ok=True)
+            if folder.exists():  # of a beginning that was killed, or whose plan somebody has removed
+                shutil.rmtree(folder)
+            folder.mkdir()
         write_atomic(self.path / plan.tokenizer_file, tokenizer.read_bytes())
         config = tokenizer.with_name(TOKENIZER_CONFIG)
         if config.exists():

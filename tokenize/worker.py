@@ -35,6 +35,7 @@ def main() -> int:
     chosen = parser.parse_args()
     if chosen.task is None:
         return _serve(WorkFolder(chosen.folder), chosen.commit_seconds, chosen.block_bytes)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Slurm's: leave the units' locks released
     try:
         units = WorkFolder(chosen.folder).read_plan().units
         mine = range(chosen.task, units, chosen.tasks)

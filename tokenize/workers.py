@@ -25,6 +25,7 @@ from orchestrator.tokenize.work_folder import PlannedUnit, WorkFolder, WorkPlan
 
 LOOK_SECONDS = 0.5
 END_SECONDS = 10.0  # for a process that has closed its stdout
+LEAVE_SECONDS = 2.0
 
 Look = Callable[[], None]
 
@@ -125,12 +126,14 @@ class _Worker:
         raise OrchestrateError(f"{unit}: its worker ended {how}, see what it wrote above; {kept}")
 
     def end(self) -> None:
-        """Kill the process, which is safe at any time."""
+        """Let the process leave between two blocks, releasing its lock; kill it where it takes long, which is safe."""
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(LEAVE_SECONDS)
         self._process.kill()
         self._process.wait()
         self.stdout.close()
-        with contextlib.suppress(BrokenPipeError):
-            self._stdin.close()
 
 
 def _work_by_processes(

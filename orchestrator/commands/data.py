@@ -104,7 +104,8 @@ def merge(folders: tuple[Path, ...], output: Path, shards: int | None, shard_tok
     """
     from orchestrator.progress import progress_bar
     from orchestrator.screen import print_json, print_next
-    from orchestrator.tokenize.merge import SHARD_TOKENS, merge_data_sets
+    from orchestrator.tokenize.concatenate import SHARD_TOKENS
+    from orchestrator.tokenize.merge import merge_data_sets
     from orchestrator.units import format_count
     from orchestrator.values import to_plain
 

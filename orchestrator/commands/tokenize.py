@@ -1,5 +1,6 @@
 """`orchestrate tokenize`: text to a Megatron data set folder."""  # noqa: A005, a module is named as its command
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,7 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from orchestrator.slurm.tokenize_array import ArrayRequest
     from orchestrator.tokenize.engine import EngineChoice
+    from orchestrator.tokenize.stage import CarryOut
 
 
 @click.command()
@@ -32,8 +35,15 @@ if TYPE_CHECKING:
     help="Folder for the documents held out.  [default: OUTPUT-validation]",
 )
 @click.option(
-    "--workers", type=click.IntRange(min=1), metavar="N", help="Processes.  [default: one for each processor]"
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes, with --cluster of each task.  [default: one for each processor; 16]",
 )
+@click.option("--cluster", metavar="NAME", help="Work by a Slurm job array of that cluster (conf/cluster).")
+@click.option("--tasks", type=click.IntRange(min=1), metavar="N", help="Most tasks of the array.  [default: 64]")
+@click.option("--partition", help="Slurm's partition.  [default: the cluster's]")
+@click.option("--time", "time_limit", metavar="H:MM:SS", help="Time limit of a task.  [default: the cluster's]")
 @click.option(
     "--max-bad",
     type=click.FloatRange(0, 1),
@@ -58,6 +68,10 @@ def command(
     validation_every: int | None,
     validation_output: Path | None,
     workers: int | None,
+    cluster: str | None,
+    tasks: int | None,
+    partition: str | None,
+    time_limit: str | None,
     max_bad: float,
     engine: "EngineChoice",
     dry_run: bool,
@@ -73,16 +87,23 @@ def command(
     OUTPUT appears when all is done. What is under way lies in OUTPUT.partial: after a kill, or with the
     disk full, the same command goes on from there, and the result is that of an undisturbed run.
 
+    With --cluster CPU tasks of a Slurm job array do the same work, with the same result. This command
+    submits them and follows; left or killed, they go on, and the same command follows them again and
+    publishes what they made.
+
     \b
     orchestrate tokenize corpus/ --tokenizer base/tokenizer.model --output data/train
     orchestrate tokenize 'web/*.jsonl' more.txt --tokenizer base --output data --validation-every 1000
+    orchestrate tokenize corpus/ --tokenizer base --output data --cluster h100 --partition cpu --tasks 64
     """
     from orchestrator.tokenize.manifest import to_json
     from orchestrator.tokenize.stage import choose_validation_output, tokenize_corpus
 
     validation_folder = choose_validation_output(output, validation_output, validation_every)
+    places = [*inputs, output, *([] if validation_folder is None else [validation_folder])]
+    request = _array_request(cluster, tasks, workers, partition, time_limit, places)
     if dry_run:
-        _print_estimate(inputs, tokenizer, output, validation_folder, text_key, engine, as_json)
+        _print_estimate(inputs, tokenizer, output, validation_folder, text_key, engine, as_json, request)
         return
     try:
         manifest = tokenize_corpus(
@@ -95,6 +116,7 @@ def command(
             max_bad=max_bad,
             workers=workers,
             engine=engine,
+            carry_out=None if request is None else _carry_out_by(request),
         )
     except KeyboardInterrupt:
         click.echo(f"notice: what is done is kept in {output}.partial, and the same command goes on", err=True)
@@ -111,6 +133,40 @@ def command(
     click.echo(f"next: orchestrate plan solar-10.7b {data}")
 
 
+def _array_request(
+    cluster: str | None,
+    tasks: int | None,
+    workers: int | None,
+    partition: str | None,
+    time_limit: str | None,
+    places: list[Path],
+) -> "ArrayRequest | None":
+    """Return what is asked of a cluster, or None where this machine does the work."""
+    if cluster is None:
+        given = {"--tasks": tasks, "--partition": partition, "--time": time_limit}
+        misplaced = [name for name, value in given.items() if value is not None]
+        if misplaced:
+            raise click.UsageError(f"{misplaced[0]} is for --cluster; add that, or leave it away")
+        return None
+    from orchestrator.config import load_cluster
+    from orchestrator.slurm.tokenize_array import TASKS, WORKERS, ArrayRequest
+    from orchestrator.slurm.tokenize_tasks import check_array
+
+    profile = load_cluster(cluster)
+    profile = dataclasses.replace(
+        profile, partition=partition or profile.partition, time_limit=time_limit or profile.time_limit
+    )
+    request = ArrayRequest(cluster=profile, tasks=tasks or TASKS, workers=workers or WORKERS)
+    check_array(request, places)
+    return request
+
+
+def _carry_out_by(request: "ArrayRequest") -> "CarryOut":
+    from orchestrator.slurm.tokenize_tasks import carry_out_by
+
+    return carry_out_by(request)
+
+
 def _print_estimate(
     inputs: tuple[Path, ...],
     tokenizer: Path,
@@ -119,6 +175,7 @@ def _print_estimate(
     text_key: str,
     engine: "EngineChoice",
     as_json: bool,
+    request: "ArrayRequest | None",
 ) -> None:
     from orchestrator.files import free_room
     from orchestrator.screen import print_facts, print_json
@@ -150,7 +207,18 @@ def _print_estimate(
     )
     for taken in (path for path in outputs if path.exists()):
         click.echo(f"notice: {taken} exists already; name another or remove it", err=True)
+    if request is not None:
+        _print_script(request, output, made.units)
     click.echo("next: the same command without --dry-run")
+
+
+def _print_script(request: "ArrayRequest", output: Path, units: int) -> None:
+    from orchestrator.slurm.tokenize_array import array_script, divide, job_name
+    from orchestrator.tokenize.work_folder import WorkFolder
+
+    folder = WorkFolder(output.absolute().with_name(f"{output.name}.partial"))
+    script = array_script(folder, request, divide(range(units), request), job_name(output.name, "TOKEN"))
+    click.echo(f"\nwould be submitted:\n\n{script.text().rstrip()}\n")
 
 
 def _print_notices(output: Path, quarantined: int, skipped: dict[str, int]) -> None:

@@ -27,13 +27,13 @@ class Encoder {
     Id* encode(const Byte* at, const Byte* end, Id* to) {
         if (!vocabulary_.has_user_defined()) return encode_free(at, end, to);
         const Byte* begin = at;
-        while (at < end) {
+        while (true) {
+            while (at < end && !vocabulary_.starts_user_defined(*at)) ++at;
+            if (at == end) break;
             Symbol id = 0;
             const std::size_t size = vocabulary_.user_defined(at, end, id);
             if (size == 0) {
-                std::uint32_t step = 0;
-                character(at, step);
-                at += step;
+                ++at;
                 continue;
             }
             to = encode_free(begin, at, to);

@@ -89,6 +89,7 @@ class Vocabulary {
             if (!pieces[id].text.empty() && !known.emplace(pieces[id].text, id).second)
                 throw std::invalid_argument("the piece '" + pieces[id].text + "' is there twice");
         const std::vector<std::string> more = set_characters(pieces);
+        if (size_ + more.size() >= PairTable::kNone) throw std::invalid_argument("more than two million pieces");
         for (std::size_t index = 0; index < more.size(); ++index)
             known.emplace(more[index], size_ + static_cast<Symbol>(index));
         set_merges(pieces, known);
@@ -125,6 +126,9 @@ class Vocabulary {
         const Symbol symbol = merges_.find(left, right);
         return symbol == PairTable::kNone ? Merge{} : Merge{ranks_[symbol], symbol};
     }
+
+    // Whether a USER_DEFINED piece begins with this byte, which is never one that continues a character.
+    bool starts_user_defined(Byte byte) const { return !user_defined_[byte].empty(); }
 
     // The longest USER_DEFINED piece that begins at `at`: its size in bytes, or 0.
     std::size_t user_defined(const Byte* at, const Byte* end, Symbol& id) const {
