@@ -176,10 +176,10 @@ class CheckpointTensors:
             stored = self._open(piece.file).get_slice(_piece_name(name, piece.offset, piece.size))
             target[read.shared.within_second].copy_(stored[read.shared.within_first])
 
-    def whole(self, name: str) -> Tensor:
-        """Return a whole tensor."""
+    def whole(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return a whole tensor, rounded to a type; memory holds nothing else of it."""
         stored = self._stored(name)
-        tensor = torch.empty(stored.shape)
+        tensor = torch.empty(stored.shape, dtype=dtype)
         self.read(name, [0] * len(stored.shape), stored.shape, tensor)
         return tensor
 

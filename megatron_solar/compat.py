@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_solar.prebuilt_index import check_prebuilt
+from megatron_solar.rope import inverse_frequencies
 from megatron_solar.sample_order import OrderedSamples, build_index
 from megatron_solar.sample_request import SampleRequest
-from megatron_solar.weights import PRECISION_DTYPES
+from megatron_solar.weights import PRECISION_DTYPES, padded_vocab_size, vocabulary_rows
 from orchestrator.layout import ParallelLayout
 from orchestrator.model_shape import TransformerShape
 from orchestrator.settings import TrainingSettings
@@ -70,6 +71,24 @@ class RMSNorm(torch.nn.Module):
         wide = x_SBH.float()
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * scaled.to(x_SBH.dtype)
+
+
+class PaddedGPTModel(GPTModel):
+    """GPTModel whose loss knows nothing of the rows that pad the vocabulary.
+
+    megatron-core's cross entropy sums over every column, padding included: zero weights would still add
+    exp(0) for each, and would be trained. With -inf their share and their gradient are exactly zero.
+    """
+
+    real_columns: int
+    """Of this rank's logits."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Return the cross entropy of each token, [batch, sequence], over the unpadded vocabulary."""
+        if self.real_columns < logits.shape[-1]:
+            logits[..., self.real_columns :] = -math.inf
+        loss: Tensor = super().compute_language_model_loss(labels, logits)
+        return loss
 
 
 def initialize_parallel(layout: ParallelLayout, seed: int, *, timeout_seconds: float = 1800) -> None:
@@ -156,7 +175,11 @@ def transformer_config(
 def build_chunk(
     shape: TransformerShape, config: TransformerConfig, sequence_length: int, device: str, virtual_stage: int | None
 ) -> GPTModel:
-    """Build the part of the model that this rank holds as one pipeline chunk."""
+    """Build the part of the model that this rank holds as one pipeline chunk.
+
+    Its logits have a column for each row of padding; in the loss they count nothing.
+    """
+    ranks = config.tensor_model_parallel_size
     if device == "cuda" and has_transformer_engine():
         spec: Any = get_gpt_layer_with_transformer_engine_spec()
     else:
@@ -166,10 +189,10 @@ def build_chunk(
         layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
         # Passed explicitly: with any package named apex megatron picks a norm that refuses RMSNorm.
         spec = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
-    return GPTModel(
+    chunk = PaddedGPTModel(
         config=config,
         transformer_layer_spec=spec,
-        vocab_size=shape.vocab_size,
+        vocab_size=padded_vocab_size(shape.vocab_size, ranks),
         max_sequence_length=sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
@@ -178,6 +201,10 @@ def build_chunk(
         rotary_base=shape.rope_theta,
         vp_stage=virtual_stage,
     )
+    chunk.real_columns = vocabulary_rows(shape.vocab_size, tensor_rank(), ranks)
+    # megatron-core 0.16.1 scales by `factor` alone, with Llama 3.1's own values for the rest.
+    chunk.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(chunk.rotary_pos_emb.inv_freq.device)
+    return chunk
 
 
 def layer_offset(config: TransformerConfig, virtual_stage: int | None) -> int:

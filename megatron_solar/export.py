@@ -4,16 +4,19 @@ A checkpoint holds each tensor once for the whole model, whatever the layout it 
 process reads them by their canonical keys.
 """
 
+import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from megatron_solar.checkpoint_files import WEIGHT, open_verified, tensor_name
-from megatron_solar.model_folder import ModelFolder
+from megatron_solar.lineage import LINEAGE_FILE, read_lineage
+from megatron_solar.model_config import kept_config
+from megatron_solar.model_folder import read_config, tokenizer_files
 from megatron_solar.model_writer import Checksums, write_model_folder
-from megatron_solar.upscale import LINEAGE_FILE
+from megatron_solar.upscale import LICENCE_FILES
 from megatron_solar.weights import PRECISION_DTYPES, to_hugging_face
 from orchestrator.checkpoints import Checkpoint
 from orchestrator.plan import TrainingPlan
@@ -22,6 +25,24 @@ from orchestrator.tokenize import hugging_face
 from orchestrator.tokenize.manifest import read_manifest
 from orchestrator.values import to_plain
 from orchestrator.version import VERSION
+
+GENERATION_FILE = "generation_config.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Companions:
+    """What goes beside the weights.
+
+    Attributes:
+        config: keys of config.json beyond the shape.
+        files: content of more files by name: licence, generation settings, a tokenizer made here.
+        lineage: of the base; nothing where it has none.
+    """
+
+    tokenizer_files: Sequence[Path]
+    config: Mapping[str, object]
+    files: Mapping[str, str | bytes]
+    lineage: Mapping[str, object]
 
 
 def export(
@@ -43,10 +64,12 @@ def export(
     """
     settings = plan.settings
     stored = open_verified(checkpoint)
+    companions = _companions(plan)
+    dtype = PRECISION_DTYPES[settings.training.precision]
     done = 0
 
     def read(key: str) -> Tensor:
-        return stored.whole(tensor_name(WEIGHT, key))
+        return stored.whole(tensor_name(WEIGHT, key), dtype)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         nonlocal done
@@ -55,7 +78,6 @@ def export(
             done += tensor.numel()
             progress(done, plan.parameters)
 
-    tokenizer_files, config, base_lineage = _from_base(plan)
     lineage = {
         "run": run_name,
         "step": checkpoint.step,
@@ -68,36 +90,39 @@ def export(
         "parameters": plan.parameters,
         "orchestrate_version": VERSION,
         "base": settings.base,
-        "base_lineage": base_lineage,
+        "base_lineage": companions.lineage or None,
     }
     return write_model_folder(
         output,
         settings.model,
         tensors(),
-        dtype=PRECISION_DTYPES[settings.training.precision],
-        config_extra=config,
-        tokenizer_files=tokenizer_files,
-        extra_files=_made_tokenizer(tokenizer_files),
+        dtype=dtype,
+        config_extra=companions.config,
+        tokenizer_files=companions.tokenizer_files,
+        extra_files=companions.files,
         describe=lambda sums: {
             LINEAGE_FILE: json.dumps({**lineage, "tensors": {**sums.tensors}, "files": {**sums.files}}, indent=2)
         },
     )
 
 
-def _from_base(plan: TrainingPlan) -> tuple[list[Path], dict[str, object], object]:
-    """Return tokenizer files, special ids and lineage of the base, or those of the data where it was random."""
-    settings = plan.settings
-    if settings.base != RANDOM_BASE and Path(settings.base).is_dir():
-        folder = ModelFolder.open(Path(settings.base))
-        ids: dict[str, object] = {
-            key: folder.config[key] for key in ("bos_token_id", "eos_token_id") if key in folder.config
-        }
-        path = folder.path / LINEAGE_FILE
-        return folder.tokenizer_files(), ids, json.loads(path.read_text()) if path.exists() else None
+def _companions(plan: TrainingPlan) -> _Companions:
+    """Return what the base has beside its weights; where there is no base any more, the tokenizer of the data."""
+    settings, base = plan.settings, Path(plan.settings.base)
+    if settings.base != RANDOM_BASE and base.is_dir():
+        found = tokenizer_files(base)
+        kept = [base / name for name in (*LICENCE_FILES, GENERATION_FILE) if (base / name).is_file()]
+        return _Companions(
+            tokenizer_files=found,
+            config=kept_config(read_config(base)),
+            files={**_made_tokenizer(found), **{file.name: file.read_bytes() for file in kept}},
+            lineage=read_lineage(base),
+        )
     data = Path(settings.data.train[0])
     manifest = read_manifest(data)
-    ids = {"bos_token_id": manifest.begin_of_document, "eos_token_id": manifest.end_of_document}
-    return [data / manifest.tokenizer_file], ids, None
+    found = [data / manifest.tokenizer_file]
+    ids: dict[str, object] = {"bos_token_id": manifest.begin_of_document, "eos_token_id": manifest.end_of_document}
+    return _Companions(tokenizer_files=found, config=ids, files=_made_tokenizer(found), lineage={})
 
 
 def _made_tokenizer(files: Sequence[Path]) -> dict[str, str]:

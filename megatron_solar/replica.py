@@ -12,7 +12,18 @@ import torch
 from megatron_solar import compat
 from megatron_solar.checkpoint import OwnedPiece, owned_pieces
 from megatron_solar.model_folder import open_base
-from megatron_solar.weights import RandomWeights, WeightSource, canonical_key, rank_part, read_canonical
+from megatron_solar.weight_files import require_finite
+from megatron_solar.weights import (
+    EMBEDDING,
+    OUTPUT_LAYER,
+    RandomWeights,
+    WeightSource,
+    canonical_key,
+    hugging_face_names,
+    rank_part,
+    read_canonical,
+    vocabulary_rows,
+)
 from orchestrator.errors import ModelFolderError
 from orchestrator.model_shape import TransformerShape
 from orchestrator.plan import TrainingPlan
@@ -62,7 +73,9 @@ def build_replica(plan: TrainingPlan, source: WeightSource | None, *, is_filled_
         chunk = compat.build_chunk(settings.model, config, settings.data.sequence_length, device, stage)
         if device == "cuda":
             chunk.cuda(torch.cuda.current_device())
-        if not is_filled_later:
+        if is_filled_later:
+            clear_padding(chunk, settings.model, layout.tensor_parallel)
+        else:
             fill(chunk, source, settings.model, offsets[index], layout.tensor_parallel)
         if settings.training.precision == "bf16":
             chunk.bfloat16()
@@ -91,7 +104,7 @@ def fill(
     The first data-parallel replica reads the source, tensor after tensor, and gives it to the others.
 
     Raises:
-        ModelFolderError: a tensor of another shape than the parameter.
+        ModelFolderError: a tensor of another shape than the parameter, or with values that are no numbers.
     """
     for name, parameter in chunk.named_parameters():
         key = canonical_key(name, layer_offset, is_tied=shape.tie_embeddings)
@@ -102,8 +115,18 @@ def fill(
                     raise ModelFolderError(
                         f"{key} should be {tuple(parameter.shape)} on this rank, found {tuple(part.shape)}"
                     )
+                require_finite(" or ".join(hugging_face_names(key)), part)
                 parameter.copy_(part)
             compat.broadcast_from_first_replica(parameter.data)
+
+
+def clear_padding(chunk: torch.nn.Module, shape: TransformerShape, tensor_parallel: int) -> None:
+    """Zero the rows that pad the vocabulary, which no checkpoint has."""
+    rows = vocabulary_rows(shape.vocab_size, compat.tensor_rank(), tensor_parallel)
+    with torch.no_grad():
+        for name, parameter in chunk.named_parameters():
+            if name in (EMBEDDING, OUTPUT_LAYER):
+                parameter[rows:].zero_()
 
 
 def measured_peak_tflops(device: str) -> float:

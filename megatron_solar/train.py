@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_solar import compat
 from megatron_solar.checkpoint import CheckpointWriter, disk_full, load_newest
 from megatron_solar.data import Samples, open_samples
+from megatron_solar.first_loss import check_first_loss
 from megatron_solar.hang_watch import HangWatch, Phase, connection_seconds
 from megatron_solar.replica import Replica, build_replica, weight_source
 from megatron_solar.sample_request import validation_passes
@@ -87,6 +88,8 @@ def train(
         cache=run.data_index,
     )
     replica, loaded = build_or_load(run, plan, samples, tell)
+    if loaded is None and settings.training.check_first_loss:
+        check_first_loss(plan, replica, tell)
     step = loaded.step if loaded is not None else 0
     tell(
         StartEvent(

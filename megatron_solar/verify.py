@@ -19,7 +19,8 @@ import torch.distributed
 
 from megatron_solar.checkpoint_files import WEIGHT, open_verified, tensor_name
 from megatron_solar.cpu import cuda_calls_on_cpu
-from megatron_solar.weights import canonical_key
+from megatron_solar.model_folder import tokenizer_files
+from megatron_solar.weights import PRECISION_DTYPES, canonical_key, rank_part
 from orchestrator.checkpoints import Checkpoint, read_checkpoint
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.run_directory import RunDirectory
@@ -32,8 +33,10 @@ class Comparison:
     """What was found."""
 
     largest_logit_difference: float
+    largest_logit: float
     tokens_compared: int
     generated: str
+    """Nothing where the folder has no tokenizer."""
 
 
 def compare(run: RunDirectory, checkpoint: Checkpoint, folder: Path, prompt: str) -> Comparison:
@@ -51,13 +54,17 @@ def compare(run: RunDirectory, checkpoint: Checkpoint, folder: Path, prompt: str
         hugging_face = model(tokens_BS).logits
     return Comparison(
         largest_logit_difference=float((megatron - hugging_face).abs().max()),
+        largest_logit=float(hugging_face.abs().max()),
         tokens_compared=tokens_BS.numel(),
         generated=_generate(transformers, model, folder, prompt),
     )
 
 
 def megatron_logits(plan: TrainingPlan, checkpoint: Checkpoint, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Return [batch, sequence, vocabulary] of megatron's model on one CPU rank in fp32."""
+    """Return [batch, sequence, vocabulary] of megatron's model on one CPU rank in fp32.
+
+    Its weights are those that the ranks computed with, so that a checkpoint of a run in bf16 is rounded.
+    """
     settings = plan.settings
     alone = dataclasses.replace(
         plan.layout,
@@ -80,16 +87,19 @@ def megatron_logits(plan: TrainingPlan, checkpoint: Checkpoint, tokens_BS: torch
             with torch.no_grad():
                 for name, parameter in chunk.named_parameters():
                     key = canonical_key(name, 0, is_tied=settings.model.tie_embeddings)
-                    parameter.copy_(tensors.whole(tensor_name(WEIGHT, key)))
+                    whole = tensors.whole(tensor_name(WEIGHT, key), PRECISION_DTYPES[settings.training.precision])
+                    parameter.copy_(rank_part(key, whole, 0, 1))
             positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
             with torch.no_grad():
                 logits: torch.Tensor = chunk.eval()(tokens_BS, positions_BS, None)
-            return logits
+            return logits[..., : settings.model.vocab_size]
         finally:
             torch.distributed.destroy_process_group()
 
 
 def _generate(transformers: Any, model: Any, folder: Path, prompt: str) -> str:
+    if not tokenizer_files(folder):
+        return ""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)

@@ -4,6 +4,10 @@ A canonical key is the one in a checkpoint: `decoder.layers.7.mlp.linear_fc1.wei
 model's own layer number; norms are filed under the matrix that follows them, as Transformer Engine
 names them. Layouts: QKV is interleaved by KV group as [q..., k, v], fc1 is gate then up, and rotary
 needs no permutation (Llama in megatron-core; measured against `transformers` in the tests).
+
+Megatron's embedding and output layer may have more rows than the vocabulary, so that tensor-parallel ranks
+have equally many. Canonical tensors never have them: those rows are zero on a rank, their logits take no
+part in the loss (`compat.build_chunk`), and so they stay zero.
 """
 
 import dataclasses
@@ -36,12 +40,17 @@ _LAYER_NAMES = {
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
 }
 EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
 _OTHER_NAMES = {
     EMBEDDING: "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
+    OUTPUT_LAYER: "lm_head.weight",
 }
-_SPLIT_ROWS = ("linear_qkv.weight", "word_embeddings.weight", "output_layer.weight")
+_VOCABULARY_ROWS = (EMBEDDING, OUTPUT_LAYER)
+_SPLIT_ROWS = ("linear_qkv.weight", *_VOCABULARY_ROWS)
+ROWS_UNIT = 8
+"""A rank's rows of the vocabulary are a multiple: 16 bytes in bf16, without which tensor cores are slow
+(NVIDIA, Matrix Multiplication Background User's Guide)."""
 _SPLIT_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -94,7 +103,7 @@ def canonical_key(parameter: str, layer_offset: int, *, is_tied: bool) -> str:
     """
     match = _LAYER.fullmatch(parameter)
     if match is None:
-        return EMBEDDING if is_tied and parameter == "output_layer.weight" else parameter
+        return EMBEDDING if is_tied and parameter == OUTPUT_LAYER else parameter
     suffix = match[2].replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
     suffix = suffix.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
     return f"decoder.layers.{int(match[1]) + layer_offset}.{suffix}"
@@ -105,16 +114,25 @@ def canonical_keys(shape: TransformerShape) -> list[str]:
     keys = [EMBEDDING]
     keys += [f"decoder.layers.{layer}.{suffix}" for layer in range(shape.num_layers) for suffix in _LAYER_NAMES]
     keys.append("decoder.final_layernorm.weight")
-    return keys if shape.tie_embeddings else [*keys, "output_layer.weight"]
+    return keys if shape.tie_embeddings else [*keys, OUTPUT_LAYER]
 
 
 def read_canonical(key: str, source: WeightSource) -> Tensor:
     """Return one whole tensor in megatron's form."""
-    match = _LAYER.fullmatch(key)
-    if match is None:
-        return source.tensor(_OTHER_NAMES[key])
-    parts = [source.tensor(f"model.layers.{match[1]}.{name}") for name in _LAYER_NAMES[match[2]]]
+    parts = [source.tensor(name) for name in hugging_face_names(key)]
     return _join_qkv(parts, source.shape) if len(parts) == 3 else torch.cat(parts) if len(parts) == 2 else parts[0]
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """Return the rows of megatron's embedding over all tensor-parallel ranks."""
+    unit = ROWS_UNIT * tensor_parallel
+    return -(-vocab_size // unit) * unit
+
+
+def vocabulary_rows(vocab_size: int, tensor_rank: int, tensor_parallel: int) -> int:
+    """Return how many of a rank's rows of the vocabulary are no padding; they come first."""
+    share = padded_vocab_size(vocab_size, tensor_parallel) // tensor_parallel
+    return min(max(vocab_size - tensor_rank * share, 0), share)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +149,7 @@ class PartOfTensor:
 
     whole_shape: tuple[int, ...]
     shape: tuple[int, ...]
-    """Of the part: its blocks under each other."""
+    """Of the part: its blocks under each other, then rows of padding."""
     blocks: tuple[Block, ...]
     first_column: int = 0
     is_replicated: bool = False
@@ -147,8 +165,10 @@ def part_of_tensor(key: str, whole_shape: Sequence[int], tensor_rank: int, tenso
         blocks = (Block(first=tensor_rank * share, count=share), Block(first=half + tensor_rank * share, count=share))
         return PartOfTensor(whole_shape=whole, shape=(2 * share, *whole[1:]), blocks=blocks)
     if key.endswith(_SPLIT_ROWS):
-        share = rows // tensor_parallel
-        block = Block(first=tensor_rank * share, count=share)
+        is_padded = key.endswith(_VOCABULARY_ROWS)
+        share = (padded_vocab_size(rows, tensor_parallel) if is_padded else rows) // tensor_parallel
+        count = vocabulary_rows(rows, tensor_rank, tensor_parallel) if is_padded else share
+        block = Block(first=tensor_rank * share, count=count)
         return PartOfTensor(whole_shape=whole, shape=(share, *whole[1:]), blocks=(block,))
     every_row = (Block(first=0, count=rows),)
     if key.endswith(_SPLIT_COLUMNS):
@@ -157,22 +177,30 @@ def part_of_tensor(key: str, whole_shape: Sequence[int], tensor_rank: int, tenso
     return PartOfTensor(whole_shape=whole, shape=whole, blocks=every_row, is_replicated=True)
 
 
+def hugging_face_names(key: str) -> list[str]:
+    """Return the Hugging Face tensors that make a canonical one, in the order in which they are joined."""
+    match = _LAYER.fullmatch(key)
+    if match is None:
+        return [_OTHER_NAMES[key]]
+    return [f"model.layers.{match[1]}.{name}" for name in _LAYER_NAMES[match[2]]]
+
+
 def canonical_shape(key: str, shape: TransformerShape) -> tuple[int, ...]:
     """Return the size of a whole canonical tensor."""
     sizes = expected_tensors(shape)
-    match = _LAYER.fullmatch(key)
-    if match is None:
-        return sizes[_OTHER_NAMES[key]]
-    parts = [sizes[f"model.layers.{match[1]}.{name}"] for name in _LAYER_NAMES[match[2]]]
+    parts = [sizes[name] for name in hugging_face_names(key)]
     return (sum(part[0] for part in parts), *parts[0][1:])
 
 
 def rank_part(key: str, whole: Tensor, tensor_rank: int, tensor_parallel: int) -> Tensor:
-    """Return the part of a whole tensor that one tensor-parallel rank holds."""
+    """Return the part of a whole tensor that one tensor-parallel rank holds; rows of padding are zero."""
     part = part_of_tensor(key, whole.shape, tensor_rank, tensor_parallel)
     if part.is_replicated:
         return whole
     blocks = [whole[block.first : block.first + block.count] for block in part.blocks]
+    padding = part.shape[0] - sum(block.count for block in part.blocks)
+    if padding:
+        blocks.append(whole.new_zeros(padding, *whole.shape[1:]))
     rows = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     return rows[:, part.first_column : part.first_column + part.shape[1]]
 
@@ -184,11 +212,7 @@ def to_hugging_face(shape: TransformerShape, read: Callable[[str], Tensor]) -> I
         read: returns the whole tensor of a canonical key.
     """
     for key in canonical_keys(shape):
-        match = _LAYER.fullmatch(key)
-        if match is None:
-            yield _OTHER_NAMES[key], read(key)
-            continue
-        names = [f"model.layers.{match[1]}.{name}" for name in _LAYER_NAMES[match[2]]]
+        names = hugging_face_names(key)
         whole = read(key)
         parts = _split_qkv(whole, shape) if len(names) == 3 else list(whole.chunk(len(names)))
         for name, part in zip(names, parts, strict=True):

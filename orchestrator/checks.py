@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 
-from orchestrator.layout import ParallelLayout
+from orchestrator.layout import ParallelLayout, splits_groups
 from orchestrator.model_shape import choose, divisors
 from orchestrator.settings import ClusterSettings, RunSettings, SlurmSettings
 from orchestrator.units import format_bytes
@@ -281,8 +281,9 @@ def _grid_problems(settings: RunSettings) -> list[str]:
     if found or tensor < 1 or pipeline < 1 or ranks % (tensor * pipeline) == 0:
         return found
     if ranks % pipeline == 0:
-        per_stage = math.gcd(ranks // pipeline, cluster.ranks_per_node, max(1, settings.model.num_query_groups))
-        remedy = choose("tensor_parallel", divisors(per_stage), tensor)
+        shape = settings.model
+        sizes = divisors(math.gcd(ranks // pipeline, cluster.ranks_per_node, max(1, shape.num_attention_heads)))
+        remedy = choose("tensor_parallel", [n for n in sizes if shape.problems() or splits_groups(shape, n)], tensor)
     elif ranks % tensor == 0:
         layers = math.gcd(ranks // tensor, max(1, settings.model.num_layers))
         remedy = choose("pipeline_parallel", divisors(layers), pipeline)

@@ -42,6 +42,25 @@ class StartEvent:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstLossEvent:
+    """A start from a base computed the loss that was recorded when the base was written, or another one."""
+
+    kind: ClassVar[str] = "first_loss"
+    time: float
+    step: int
+    recorded_loss: float
+    loss: float
+    """On the same tokens, with the run's own layout, precision and kernels."""
+    relative_difference: float
+    token_difference: float
+    """Mean absolute difference of single tokens' losses, as a share of the recorded loss."""
+    tolerance: float
+    """The run stops where the relative difference is above it."""
+    tokens: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StepEvent:
     """One optimizer step."""
 
@@ -160,6 +179,7 @@ class EndEvent:
 
 Event = (
     StartEvent
+    | FirstLossEvent
     | StepEvent
     | ValidationEvent
     | SaveEvent

@@ -69,12 +69,12 @@ class ParallelLayout:
             return found
         tp, pp, vpp = self.tensor_parallel, self.pipeline_parallel, self.virtual_pipeline_parallel
         remedy = choose("tensor_parallel", self.tensor_parallel_sizes(shape, sequence_length, ranks_per_node), tp)
-        for name, size in (
-            ("num_query_groups", shape.num_query_groups),
-            ("num_attention_heads", shape.num_attention_heads),
-            ("ffn_hidden_size", shape.ffn_hidden_size),
+        for name, size, is_split in (
+            ("num_query_groups", shape.num_query_groups, splits_groups(shape, tp)),
+            ("num_attention_heads", shape.num_attention_heads, shape.num_attention_heads % tp == 0),
+            ("ffn_hidden_size", shape.ffn_hidden_size, shape.ffn_hidden_size % tp == 0),
         ):
-            if size % tp:
+            if not is_split:
                 found.append(f"model.{name}={size} cannot be split over layout.tensor_parallel={tp}; {remedy}")
         if ranks_per_node % tp:
             found.append(f"layout.tensor_parallel={tp} leaves the node, which has {ranks_per_node} ranks; {remedy}")
@@ -112,12 +112,22 @@ class ParallelLayout:
 
     def tensor_parallel_sizes(self, shape: TransformerShape, sequence_length: int, ranks_per_node: int) -> list[int]:
         """Return the sizes that split the model and the sequence, and stay within a node and the ranks."""
-        every = [shape.num_query_groups, shape.num_attention_heads, shape.ffn_hidden_size, ranks_per_node]
+        every = [shape.num_attention_heads, shape.ffn_hidden_size, ranks_per_node]
         if self.sequence_parallel:
             every.append(sequence_length)
-        return divisors(math.gcd(*every, self.tensor_parallel * self.data_parallel))
+        sizes = divisors(math.gcd(*every, self.tensor_parallel * self.data_parallel))
+        return [n for n in sizes if splits_groups(shape, n)]
 
     def pipeline_parallel_sizes(self, shape: TransformerShape, virtual: int) -> list[int]:
         """Return the sizes that split the layers into so many chunks a rank, and the ranks."""
         sizes = divisors(math.gcd(shape.num_layers, self.pipeline_parallel * self.data_parallel))
         return [n for n in sizes if virtual == 1 or (n > 1 and shape.num_layers % (n * virtual) == 0)]
+
+
+def splits_groups(shape: TransformerShape, tensor_parallel: int) -> bool:
+    """Whether each rank has KV groups of its own, or ranks share each group, as multi-query attention needs.
+
+    Where they share, megatron-core splits all rows of query, key and value evenly and gathers what they compute.
+    """
+    groups, rows = shape.num_query_groups, shape.query_size + 2 * shape.key_size
+    return groups % tensor_parallel == 0 or (tensor_parallel % groups == 0 and rows % tensor_parallel == 0)

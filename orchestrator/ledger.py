@@ -14,6 +14,7 @@ from orchestrator.events import (
     DamageEvent,
     EndEvent,
     Event,
+    FirstLossEvent,
     SaveEvent,
     StartEvent,
     StepEvent,
@@ -131,7 +132,7 @@ def total(ledgers: Iterable[Ledger]) -> Ledger:
 
 def _kind(event: Event, saved_step: int) -> Kind | None:
     """Return what the time before an event went to; None where it goes to what the next one says."""
-    if isinstance(event, StartEvent | DamageEvent):  # ranks look for damage while they load
+    if isinstance(event, StartEvent | DamageEvent | FirstLossEvent):  # which come while ranks load
         return Kind.STARTING
     for told, kind in (
         (StepEvent, Kind.TRAINING),

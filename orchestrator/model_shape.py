@@ -10,10 +10,41 @@ from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for a longer context, in Hugging Face's words.
+
+    `linear` divides every frequency by `factor`. `llama3` leaves wavelengths below
+    original_max_position_embeddings / high_freq_factor alone, divides those above
+    original_max_position_embeddings / low_freq_factor, and blends between; `linear` has no use for these three.
+    """
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def problems(self) -> list[str]:
+        """Return what cannot be."""
+        found = [
+            f"model.rope_scaling.{name} should be above 0, found {value}"
+            for name, value in dataclasses.asdict(self).items()
+            if not isinstance(value, str) and not 0 < value < math.inf
+        ]
+        if self.low_freq_factor >= self.high_freq_factor:
+            found.append(
+                f"model.rope_scaling.low_freq_factor={self.low_freq_factor:g} should be below "
+                f"high_freq_factor={self.high_freq_factor:g}"
+            )
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerShape:
     """Sizes of a decoder with RMSNorm, rotary positions, grouped attention and SwiGLU.
 
-    `vocab_size` is that of the tokenizer, before any padding for tensor parallelism.
+    `vocab_size` is that of the tokenizer, before any padding for tensor parallelism. `head_dim` is None where a
+    head is as wide as hidden_size / num_attention_heads.
     """
 
     num_layers: int
@@ -26,11 +57,13 @@ class TransformerShape:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    head_dim: int | None = None
+    rope_scaling: RopeScaling | None = None
 
     @property
     def head_size(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
     @property
     def query_size(self) -> int:
@@ -70,11 +103,18 @@ class TransformerShape:
         found = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, bool) and value <= 0:
+            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
                 found.append(f"model.{field.name} should be above 0, found {value}")
+        if self.rope_scaling is not None:
+            found += self.rope_scaling.problems()
         if found:
             return found
-        if self.hidden_size % self.num_attention_heads or self.head_size % 2:
+        if self.head_dim is not None and self.head_dim % 2:
+            found.append(
+                f"model.head_dim={self.head_dim} should be even, which rotary positions need; "
+                f"{choose('head_dim', [n for n in (self.head_dim - 1, self.head_dim + 1) if n > 0], self.head_dim)}"
+            )
+        elif self.head_dim is None and (self.hidden_size % self.num_attention_heads or self.head_size % 2):
             groups, unit = self.num_query_groups, 2 * self.num_attention_heads
             heads = [n for n in divisors(self.hidden_size) if self.hidden_size // n % 2 == 0 and n % groups == 0]
             lower = self.hidden_size // unit * unit

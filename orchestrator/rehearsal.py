@@ -143,6 +143,7 @@ def toy_shape(
         ffn_hidden_size=chosen("model.ffn_hidden_size", 3 * hidden),
         num_attention_heads=heads,
         num_query_groups=groups,
+        head_dim=None,
     )
 
 

@@ -115,13 +115,14 @@ def _is_base(path: Path, settings: RunSettings) -> bool:
 
 def _make_base(folder: Path, base: Path, digits: str, settings: RunSettings) -> None:
     """Write new weights of two thirds of the layers, as SOLAR's 32 of 48, and up-scale them."""
-    from megatron_solar.depth import drop_for_layers
+    from megatron_solar.depth import depth_map
+    from megatron_solar.model_folder import ModelFolder
     from megatron_solar.new_base import write_new_base
-    from megatron_solar.upscale import upscale
+    from megatron_solar.upscale import plan_upscale, write_upscaled
 
     layers = settings.model.num_layers
     fewer = max(1, round(layers * 2 / 3))
-    drop = drop_for_layers("solar", fewer, layers)
+    deeper = depth_map("solar", fewer, layers)
     new = folder / f"new-{fewer}-layers-{digits}"
     data = Path(settings.data.train[0])
     if not new.exists():
@@ -132,4 +133,5 @@ def _make_base(folder: Path, base: Path, digits: str, settings: RunSettings) -> 
             precision=settings.training.precision,
             tokenizer=data / read_manifest(data).tokenizer_file,
         )
-    upscale(new, base, drop=drop)
+    written = ModelFolder.open(new)
+    write_upscaled(written, plan_upscale(written, deeper), base)

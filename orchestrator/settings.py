@@ -71,6 +71,8 @@ class TrainingSettings:
     deterministic: Recorded[bool] = False
     """Deterministic kernels, so that a GPU gives the same bits again; slower there. A CPU gives them anyway."""
     seed: Fixed[int] = 1234
+    check_first_loss: Free[bool] = True
+    """Whether a start from a base compares its loss with the one recorded in the base, and stops where they differ."""
     validation_interval_steps: Free[int] = 500
     validation_samples: Recorded[int] = 512
     """Held-out sequences a validation reads, rounded up to whole passes."""

@@ -101,13 +101,18 @@ class Trainer:
         write_plan(run.launched_plan, plan)
         return run, plan
 
-    def start(self, run: RunDirectory, plan: TrainingPlan) -> tuple[AttemptDirectory, Ranks]:
-        """Start an attempt's ranks."""
+    def preload(self, run: RunDirectory, plan: TrainingPlan) -> Preload:
+        """Return the process that forks ranks, started for the first run."""
         if self._preload is None:
             self._preload = Preload(run, plan)
         self._preload.wait_until_ready()
+        return self._preload
+
+    def start(self, run: RunDirectory, plan: TrainingPlan) -> tuple[AttemptDirectory, Ranks]:
+        """Start an attempt's ranks."""
+        preload = self.preload(run, plan)
         attempt = run.new_attempt()
-        return attempt, start_ranks(run, attempt, plan, self._preload)
+        return attempt, start_ranks(run, attempt, plan, preload)
 
     def wait(self, run: RunDirectory, attempt: AttemptDirectory, ranks: Ranks) -> list[int]:
         """Wait for the ranks, mark their checkpoints, and return their exit codes."""

@@ -1,16 +1,21 @@
-"""Hugging Face to training and back: the same numbers as `transformers`, the same bits after no step.
+"""Hugging Face to training and back: the same bits after no step, the same numbers as `transformers` after some.
 
 2e-5 is what sums in another order make of fp32 logits of this size; measured values are in docs/log.md.
+`tests/test_parity.py` has every shape at every layout.
 """
 
 import dataclasses
+import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from megatron_solar.checkpoint_files import KINDS, open_verified, tensor_name
 from megatron_solar.export import export
@@ -19,25 +24,40 @@ from megatron_solar.upscale import upscale
 from megatron_solar.weights import canonical_keys
 from orchestrator import exit_codes
 from orchestrator.checkpoints import choose_checkpoint, complete_checkpoints
+from orchestrator.commands.export import command
+from orchestrator.config import recompose
 from orchestrator.errors import ModelFolderError
-from orchestrator.plan import read_plan
+from orchestrator.plan import make_plan, read_plan
 from orchestrator.run_directory import RunDirectory
+from orchestrator.values import to_plain
 from orchestrator.verify import LOGIT_TOLERANCE, verify_export
-from tests.conftest import Trainer
+from tests.conftest import Trainer, losses, relative_difference
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+EVERYTHING: Mapping[str, object] = {
+    "num_key_value_heads": 1, "tie_word_embeddings": True, "vocab_size": 32003, "head_dim": 24,
+    "rope_parameters": LLAMA3,
+}  # fmt: skip
+"""One KV head for all ranks, rows to pad at every layout, heads that hidden does not give."""
 SHAPES: dict[str, Mapping[str, object]] = {
     "grouped": {},
-    "multi-query": {"num_key_value_heads": 1},
-    "full": {"num_key_value_heads": 4},
-    "tied": {"tie_word_embeddings": True},
-    "deep, wide FFN, other theta": {"num_hidden_layers": 6, "intermediate_size": 160, "rope_theta": 50000.0},
-}
-TP2 = ("layout.tensor_parallel=2", "layout.sequence_parallel=true", "cluster.ranks_per_node=2")
+    "everything": EVERYTHING,
+    "Mistral": {
+        "model_type": "mistral",
+        "vocab_size": 32001,
+        "hidden_size": 60,
+        "num_attention_heads": 8,
+        "head_dim": 8,
+    },
+}  # fmt: skip
+TP4 = ("layout.tensor_parallel=4", "layout.pipeline_parallel=1", "layout.sequence_parallel=true")
 TP2_PP2 = ("layout.tensor_parallel=2", "layout.pipeline_parallel=2", "cluster.ranks_per_node=4")
 
 
 def make_base(folder: Path, tokenizer: Path, **different: object) -> Path:
-    """Let transformers write a random Llama, its norms not all ones, with a vocabulary file beside it."""
+    """Let transformers write a random model, its norms not all ones, with a vocabulary file beside it."""
+    kind = different.pop("model_type", "llama")
     sizes: dict[str, object] = {
         "vocab_size": 32000,
         "hidden_size": 64,
@@ -47,10 +67,12 @@ def make_base(folder: Path, tokenizer: Path, **different: object) -> Path:
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
         "rms_norm_eps": 1e-5,
+        "initializer_range": 0.12,  # so that attention is far from uniform
+        **({"sliding_window": None} if kind == "mistral" else {}),
         **different,
     }
     torch.manual_seed(7)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **sizes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -62,8 +84,7 @@ def make_base(folder: Path, tokenizer: Path, **different: object) -> Path:
 
 def shape_overrides(base: Path) -> list[str]:
     """Return the settings of a base's shape."""
-    shape = ModelFolder.open(base).shape
-    return [f"model.{field.name}={str(getattr(shape, field.name)).lower()}" for field in dataclasses.fields(shape)]
+    return [f"model.{name}={json.dumps(value)}" for name, value in to_plain(ModelFolder.open(base).shape).items()]
 
 
 def load_without_a_step(trainer: Trainer, base: Path, *overrides: str) -> RunDirectory:
@@ -79,40 +100,92 @@ def exported(run: RunDirectory, output: Path, step: int) -> Path:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_hugging_face_to_megatron_and_back_keeps_every_bit_and_the_logits(
+def test_hugging_face_to_megatron_and_back_keeps_every_bit(
     trainer: Trainer, tmp_path: Path, tokenizer: Path, name: str
 ) -> None:
     base = make_base(tmp_path / "base", tokenizer, **SHAPES[name])
-    parallel = TP2_PP2 if name in ("grouped", "tied") else () if name == "multi-query" else TP2
-    run = load_without_a_step(trainer, base, *parallel)
+    run = load_without_a_step(trainer, base, *TP2_PP2)
     back = exported(run, tmp_path / "back", step=0)
 
     before, after = ModelFolder.open(base), ModelFolder.open(back)
     assert after.shape == before.shape
     names = list(expected_tensors(before.shape))
     assert [name for name in names if not torch.equal(before.tensor(name), after.tensor(name))] == []
-    found = verify_export(run, choose_checkpoint(run, 0), base)
-    print(f"{name}: largest logit difference {found.largest_logit_difference:.1e}")
+    model, unused = transformers.AutoModelForCausalLM.from_pretrained(back, output_loading_info=True)
+    assert not any(unused.values())
+    theirs = transformers.AutoConfig.from_pretrained(base)
+    for key in ("model_type", "architectures", "rope_parameters", "head_dim", "sliding_window", "tie_word_embeddings"):
+        assert getattr(model.config, key, None) == getattr(theirs, key, None), key
+
+
+def test_an_upscaled_base_trains_at_tp2_pp2_and_tp4_and_its_export_has_the_logits_of_the_trained_model(
+    trainer: Trainer, tmp_path: Path, tokenizer: Path
+) -> None:
+    base = upscaled_base(tmp_path, tokenizer)
+    shape = (*shape_overrides(base), f"base={base}")
+    alone, plan = trainer.make_run(*shape, steps=4)
+    expected = losses(trainer.train(alone, plan))
+
+    run, plan = trainer.make_run(*shape, *TP2_PP2, "checkpoint.interval_steps=2", steps=4)
+    first = losses(trainer.train(run, plan))
+    shutil.rmtree(choose_checkpoint(run, 4).path)
+    then = losses(trainer.train(run, make_plan(recompose(plan.settings, TP4))))  # goes on at step 2, resharded
+    assert relative_difference(first, expected) < 1e-6
+    assert len(then) == 2 and relative_difference(then, expected[2:]) < 1e-6
+
+    found = verify_export(run, choose_checkpoint(run, 4), exported(run, tmp_path / "trained", step=4))
+    print(f"trained: largest logit difference {found.largest_logit_difference:.1e}")
+    assert found.largest_logit_difference < LOGIT_TOLERANCE
+    with pytest.raises(ModelFolderError, match="do not use it"):  # the comparison can tell them apart
+        verify_export(run, choose_checkpoint(run, 4), base)
+
+
+def test_the_export_of_a_run_in_bf16_has_the_logits_of_the_trained_model(
+    trainer: Trainer, tmp_path: Path, tokenizer: Path
+) -> None:
+    base = upscaled_base(tmp_path, tokenizer)
+    run, plan = trainer.make_run(*shape_overrides(base), f"base={base}", "training.precision=bf16", steps=2)
+    trainer.train(run, plan)
+    folder = exported(run, tmp_path / "trained", step=2)
+    assert ModelFolder.open(folder).dtype == torch.bfloat16
+    found = verify_export(run, choose_checkpoint(run, 2), folder)  # whose master weights are fp32
     assert found.largest_logit_difference < LOGIT_TOLERANCE
 
 
-def test_an_upscaled_base_trains_at_tp2_and_its_export_has_the_logits_of_the_trained_model(
-    trainer: Trainer, tmp_path: Path, tokenizer: Path
+def upscaled_base(folder: Path, tokenizer: Path) -> Path:
+    """Return a base of six layers with everything that is not plain."""
+    upscale(make_base(folder / "base", tokenizer, **EVERYTHING), folder / "upscaled", drop=1)
+    return folder / "upscaled"
+
+
+def test_an_export_has_what_its_base_has_beside_the_weights(trainer: Trainer, tmp_path: Path, tokenizer: Path) -> None:
+    base = upscaled_base(tmp_path, tokenizer)
+    beside = {"LICENSE": b"Apache License\n", "chat_template.jinja": b"{{ messages }}", "tokenizer.json": b"{}"}
+    beside["generation_config.json"] = b'{"eos_token_id": [2, 7], "temperature": 0.6}'
+    for name, content in beside.items():
+        (base / name).write_bytes(content)
+    run = load_without_a_step(trainer, base)
+    folder = exported(run, tmp_path / "model", step=0)
+    assert {name: (folder / name).read_bytes() for name in beside} == beside
+    lineage = json.loads((folder / "lineage.json").read_text())
+    assert (lineage["run"], lineage["step"], lineage["consumed_tokens"]) == (run.name, 0, 0)
+    assert lineage["base_lineage"]["layer_sources"] == [0, 1, 2, 1, 2, 3]
+    assert lineage["base_lineage"] == json.loads((base / "lineage.json").read_text())
+
+
+def test_an_export_whose_base_is_gone_says_what_it_lacks(
+    trainer: Trainer, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = make_base(tmp_path / "base", tokenizer)
-    upscale(base, tmp_path / "upscaled", drop=1)
-    run, plan = trainer.make_run(
-        *shape_overrides(tmp_path / "upscaled"), f"base={tmp_path / 'upscaled'}", *TP2, steps=3
-    )
-    trainer.train(run, plan)
-    fresh = verify_export(run, choose_checkpoint(run, 0), tmp_path / "upscaled")
-    trained = verify_export(run, choose_checkpoint(run, 3), exported(run, tmp_path / "trained", step=3))
-    print(f"up-scaled {fresh.largest_logit_difference:.1e}, trained {trained.largest_logit_difference:.1e}")
-    assert plan.settings.model.num_layers == 6
-    assert fresh.largest_logit_difference < LOGIT_TOLERANCE
-    assert trained.largest_logit_difference < LOGIT_TOLERANCE
-    with pytest.raises(ModelFolderError, match="do not use it"):  # the comparison can tell them apart
-        verify_export(run, choose_checkpoint(run, 3), tmp_path / "upscaled")
+    run = load_without_a_step(trainer, base)
+    shutil.rmtree(base)
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/defaults.yaml").write_text(f"paths: {{runs: {run.path.parent}}}")
+    monkeypatch.chdir(tmp_path)
+    told = CliRunner().invoke(command, [f"{run.name}@0", "--output", "model"])
+    assert told.exit_code == 0, told.output
+    assert f"the base {base} is gone" in told.stderr
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "model")("a").input_ids[0] == 1  # the data's
 
 
 def test_the_tokenizer_of_an_export_gives_sentencepieces_ids(trainer: Trainer, tmp_path: Path, tokenizer: Path) -> None:
@@ -155,4 +228,19 @@ def test_a_base_of_another_shape_is_refused_before_a_step(trainer: Trainer, tmp_
     assert trainer.wait(run, attempt, ranks) == [exit_codes.BAD_CONFIG]
     log = attempt.rank_log(0).read_text()
     assert "model.hidden_size: the base has 64, the settings say 32" in log
+    assert complete_checkpoints(run) == []
+
+
+def test_a_base_with_values_that_are_no_numbers_is_refused_before_a_step(
+    trainer: Trainer, tmp_path: Path, tokenizer: Path
+) -> None:
+    base = make_base(tmp_path / "base", tokenizer)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][5, 7] = math.nan
+    save_file(tensors, base / "model.safetensors")
+    run, plan = trainer.make_run(*shape_overrides(base), f"base={base}", steps=1)
+    attempt, ranks = trainer.start(run, plan)
+    assert trainer.wait(run, attempt, ranks) == [exit_codes.BAD_CONFIG]
+    log = attempt.rank_log(0).read_text()
+    assert "model.layers.3.mlp.up_proj.weight has 1 of" in log and "NaN or infinite" in log
     assert complete_checkpoints(run) == []

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_solar.depth import drop_for_layers
+from megatron_solar.depth import depth_map
 from megatron_solar.model_folder import ModelFolder
 from orchestrator.checkpoints import complete_checkpoints
 from orchestrator.checks import build_layout, settings_problems
@@ -141,7 +141,8 @@ def test_any_plan_that_can_be_run_can_be_rehearsed_where_the_ranks_divide(
     assert plan.layout.num_microbatches >= after.pipeline_parallel
     assert plan.total_steps == steps
     assert 1 <= rehearsal.checkpoint.interval_steps <= steps
-    assert drop_for_layers("solar", round(shape.num_layers * 2 / 3), shape.num_layers) > 0
+    fewer = round(shape.num_layers * 2 / 3)
+    assert len(depth_map("solar", fewer, shape.num_layers).sources) == shape.num_layers > fewer
     ratio = real.model.num_attention_heads // real.model.num_query_groups
     if ratio <= 8:
         assert shape.num_attention_heads // shape.num_query_groups == ratio

@@ -1,8 +1,11 @@
 """What a shape counts and how a layout spreads it, against transformers' and megatron-core's own classes."""
 
 import dataclasses
+import json
+import math
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +14,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.checks import build_layout, settings_problems
-from orchestrator.config import compose
+from orchestrator.config import compose, recompose
 from orchestrator.errors import ConfigError
 from orchestrator.layout import ParallelLayout
-from orchestrator.model_shape import TransformerShape, choose, divisors
-from orchestrator.plan import make_plan, static_bytes
+from orchestrator.model_shape import RopeScaling, TransformerShape, choose, divisors
+from orchestrator.plan import make_plan, read_plan, static_bytes, write_plan
 from orchestrator.settings import ClusterSettings, DataSettings, LayoutSettings, RunSettings, TrainingSettings
+from orchestrator.values import from_plain, to_plain
 
 SOLAR = compose("solar-10.7b").model
 MISTRAL = dataclasses.replace(SOLAR, num_layers=32)
@@ -39,22 +43,52 @@ def test_flops_a_token_of_solar_at_4096_in_both_conventions() -> None:
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_the_parameters_are_those_of_the_llama_of_transformers(groups: int, is_tied: bool) -> None:
+@pytest.mark.parametrize(("groups", "head_dim"), [(1, None), (2, None), (4, None), (2, 24)])
+def test_the_parameters_are_those_of_the_llama_of_transformers(
+    groups: int, head_dim: int | None, is_tied: bool
+) -> None:
     import transformers
 
     shape = TransformerShape(
         num_layers=3, hidden_size=64, ffn_hidden_size=176, num_attention_heads=4, num_query_groups=groups,
-        vocab_size=1000, max_position_embeddings=128, tie_embeddings=is_tied,
+        vocab_size=1000, max_position_embeddings=128, tie_embeddings=is_tied, head_dim=head_dim,
     )  # fmt: skip
     config = transformers.LlamaConfig(
         num_hidden_layers=3, hidden_size=64, intermediate_size=176, num_attention_heads=4, num_key_value_heads=groups,
-        vocab_size=1000, max_position_embeddings=128, tie_word_embeddings=is_tied,
+        vocab_size=1000, max_position_embeddings=128, tie_word_embeddings=is_tied, head_dim=head_dim,
     )  # fmt: skip
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     assert shape.parameters() == sum(parameter.numel() for parameter in model.parameters())
     assert shape.layer_parameters() == sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+
+
+def test_a_plan_written_before_head_sizes_and_rope_scaling_is_read(tmp_path: Path) -> None:
+    plan = make_plan(compose("solar-10.7b"))
+    write_plan(tmp_path / "plan.json", plan)
+    plain = json.loads((tmp_path / "plan.json").read_text())
+    for field in ("head_dim", "rope_scaling"):
+        del plain["settings"]["model"][field]
+    (tmp_path / "old.json").write_text(json.dumps(plain))
+    assert read_plan(tmp_path / "old.json") == plan
+
+
+def test_rope_scaling_and_head_size_are_set_kept_in_plans_and_changed() -> None:
+    mapping = "{rope_type: llama3, factor: 8.0, original_max_position_embeddings: 4096}"
+    chosen = compose("solar-10.7b", [f"model.rope_scaling={mapping}", "model.head_dim=64"])
+    assert chosen.model.rope_scaling == RopeScaling(
+        rope_type="llama3", factor=8.0, original_max_position_embeddings=4096
+    )
+    problems: list[str] = []
+    assert from_plain(RunSettings, to_plain(chosen), "", problems) == chosen
+    assert recompose(chosen, []) == chosen
+    assert recompose(chosen, ["model.rope_scaling=null", "model.head_dim=null"]).model == SOLAR
+    # Half the head size: half of all that attention's matrices hold, and of its scores.
+    halved = 48 * 4096 * (2 * 2048 + 2 * 512)
+    assert SOLAR.parameters() - chosen.model.parameters() == halved
+    assert SOLAR.flops_per_token(4096) - chosen.model.flops_per_token(4096) == 6 * halved + 6 * 48 * 2048 * 4096
+    with pytest.raises(ConfigError, match="should be one of linear, llama3, found 'yarn'"):
+        compose("solar-10.7b", ["model.rope_scaling={rope_type: yarn, factor: 2.0}"])
 
 
 sizes = st.sampled_from([1, 2, 3, 4, 6, 8])
@@ -157,12 +191,15 @@ def good_requests(draw: st.DrawFn) -> RunSettings:
     ranks = tensor * draw(small) * (1 if nodes % pipeline == 0 else pipeline)
     virtual = draw(st.sampled_from([1, 2, 3])) if pipeline > 1 else 1
     data, micro = nodes * ranks // (tensor * pipeline), draw(small)
-    groups = tensor * draw(small)
-    heads = groups * draw(small)
+    is_shared = draw(st.booleans())  # a KV group by several ranks, which then split its rows evenly
+    groups = draw(st.sampled_from(divisors(tensor))) if is_shared else tensor * draw(small)
+    heads = math.lcm(groups, tensor) * draw(small)
+    head_dim = draw(st.none() | st.sampled_from([2 * tensor, 4 * tensor]))
+    hidden = draw(st.integers(min_value=1, max_value=50)) if head_dim else 2 * tensor * heads * draw(small)
     shape = TransformerShape(
-        num_layers=pipeline * virtual * draw(small), hidden_size=2 * heads * draw(small),
-        ffn_hidden_size=tensor * draw(small),
-        num_attention_heads=heads, num_query_groups=groups, vocab_size=1000, max_position_embeddings=48,
+        num_layers=pipeline * virtual * draw(small), hidden_size=hidden, ffn_hidden_size=tensor * draw(small),
+        num_attention_heads=heads, num_query_groups=groups, head_dim=head_dim,
+        vocab_size=draw(st.integers(min_value=1, max_value=1000)), max_position_embeddings=48,
     )  # fmt: skip
     layout = LayoutSettings(
         tensor_parallel=tensor, pipeline_parallel=pipeline, virtual_pipeline_parallel=virtual,
@@ -235,8 +272,10 @@ def test_a_layout_without_problems_divides_everything(request: RunSettings) -> N
     shape, layout = request.model, build_layout(request)
     tensor, pipeline = layout.tensor_parallel, layout.pipeline_parallel
     assert layout.world_size == request.cluster.nodes * request.cluster.ranks_per_node
-    assert shape.head_size * shape.num_attention_heads == shape.hidden_size
-    assert shape.query_size % tensor == shape.key_size % tensor == shape.ffn_hidden_size % tensor == 0
+    assert shape.head_dim is not None or shape.head_size * shape.num_attention_heads == shape.hidden_size
+    assert shape.num_attention_heads % tensor == shape.ffn_hidden_size % tensor == 0
+    assert shape.num_query_groups % tensor == 0 or tensor % shape.num_query_groups == 0
+    assert (shape.query_size + 2 * shape.key_size) % tensor == 0
     assert shape.num_layers % (pipeline * layout.virtual_pipeline_parallel) == 0
     assert layout.num_microbatches * layout.micro_batch_size * layout.data_parallel == layout.global_batch_size
     for first in range(0, layout.world_size, tensor):  # no tensor-parallel group leaves its node
@@ -246,7 +285,7 @@ def test_a_layout_without_problems_divides_everything(request: RunSettings) -> N
 @pytest.mark.parametrize(
     ("overrides", "remedy"),
     [
-        (("layout.tensor_parallel=16", "cluster.ranks_per_node=16"), "use tensor_parallel 1, 2, 4 or 8"),
+        (("layout.tensor_parallel=64", "cluster.ranks_per_node=64"), "use tensor_parallel 4, 8, 16 or 32"),
         (("layout.tensor_parallel=16",), "use tensor_parallel 1, 2, 4 or 8"),
         (("layout.tensor_parallel=3",), "use tensor_parallel 1, 2, 4 or 8"),
         (("layout.tensor_parallel=3", "cluster.nodes=3"), "use tensor_parallel 1, 2, 4 or 8"),
@@ -259,6 +298,7 @@ def test_a_layout_without_problems_divides_everything(request: RunSettings) -> N
         (("layout.micro_batch_size=3",), "use global_batch_size 768 or 1152"),
         (("model.num_attention_heads=48",), "use num_attention_heads 8, 16, 32 or 64"),
         (("model.num_query_groups=5",), "use num_query_groups 1, 2, 4 or 8"),
+        (("model.head_dim=127",), "use head_dim 126 or 128"),
         (("model.hidden_size=4095",), "use hidden_size 4032 or 4096"),
     ],
 )  # fmt: skip

@@ -7,8 +7,10 @@ import math
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from megatron_solar.depth import default_drop, depth_map, draw, drop_for_layers, solar_depth_map
+from megatron_solar.depth import STRATEGIES, DepthMap, depth_map, draw, explicit_map, solar_depth_map
 from megatron_solar.model_folder import ModelFolder, expected_tensors
-from megatron_solar.upscale import upscale
+from megatron_solar.upscale import plan_upscale, upscale, write_upscaled
 from orchestrator.commands.main import main
 from orchestrator.errors import ConfigError, ModelFolderError
 from orchestrator.model_shape import TransformerShape
@@ -73,8 +75,7 @@ def run_command(
 
 def test_solar_stacks_base_layers_0_to_23_and_8_to_31() -> None:
     assert list(solar_depth_map(32, 8).sources) == [*range(24), *range(8, 32)]
-    assert default_drop(32) == 8
-    assert drop_for_layers("solar", 32, 48) == 8
+    assert depth_map("solar", 32) == depth_map("solar", 32, 48) == solar_depth_map(32, 8)
 
 
 @pytest.mark.parametrize("base_layers", range(1, 12))
@@ -89,10 +90,61 @@ def test_each_possible_drop_gives_a_deeper_model_that_has_every_base_layer(base_
 
 
 def test_a_depth_that_the_rule_cannot_give_is_refused_with_those_that_it_can() -> None:
-    with pytest.raises(ConfigError, match=r"nearest are 44, 46, 48, 50 \(it gives 34 to 64\)"):
-        drop_for_layers("solar", 32, 47)
+    for strategy, wanted, named in (
+        ("solar", 47, r"nearest are 44, 46, 48, 50 \(it gives 34 to 64\)"),
+        ("yi-middle", 65, r"nearest are 61, 62, 63, 64 \(it gives 33 to 64\)"),
+        ("llama-pro", 44, r"nearest are 34, 36, 40, 48 \(it gives 33 to 64\)"),
+        ("stack", 48, r"nearest are 64, 96, 128, 160 \(it gives 64 to 256\)"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            depth_map(strategy, 32, wanted)
     with pytest.raises(ConfigError, match="did you mean solar"):
-        depth_map("soler", 32, 8)
+        depth_map("soler", 32, 48)
+    with pytest.raises(ConfigError, match="give one with --text FILE"):
+        depth_map("yi-middle", 32)
+
+
+def test_yi_repeats_the_sixteen_layers_of_the_highest_cosine_as_yi_9b_has_them() -> None:
+    """arXiv 2403.04652: of 32 layers those from 12 to 28 come twice."""
+    cosines = [0.9] * 12 + [0.99] * 16 + [0.95] * 4
+    assert depth_map("yi-middle", 32, cosines=cosines).sources == (*range(28), *range(12, 32))
+
+
+def test_llama_pro_puts_an_identity_layer_after_each_of_eight_groups_of_four() -> None:
+    """arXiv 2401.02415: 32 layers become 40."""
+    made = depth_map("llama-pro", 32)
+    assert len(made.sources) == 40
+    assert made.sources[:11] == (0, 1, 2, 3, 3, 4, 5, 6, 7, 7, 8)
+    assert made.zeroed == frozenset(range(4, 40, 5))
+    assert [source for layer, source in enumerate(made.sources) if layer not in made.zeroed] == list(range(32))
+    assert made.seams() == []
+
+
+def test_stacking_gives_the_whole_net_again() -> None:
+    assert depth_map("stack", 32).sources == (*range(32), *range(32))
+    assert depth_map("stack", 4, 12).sources == (0, 1, 2, 3) * 3
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("base_layers", range(1, 14))
+def test_each_depth_that_a_rule_offers_it_gives_with_every_base_layer_in_it(strategy: str, base_layers: int) -> None:
+    rule = STRATEGIES[strategy]
+    assert rule.usual(base_layers) in rule.depths(base_layers)
+    for depth in rule.depths(base_layers):
+        made = depth_map(strategy, base_layers, depth, cosines=[0.5] * base_layers)
+        assert len(made.sources) == depth > base_layers
+        assert set(made.sources) == set(range(base_layers))
+
+
+def test_an_explicit_map_reads_ranges_with_both_ends() -> None:
+    assert explicit_map("0-23, 8-31", 32).sources == solar_depth_map(32, 8).sources
+    assert explicit_map("2,0-1,1", 3).sources == (2, 0, 1, 1)
+    for text in ("", "0-", "-1", "0-3-5", "a", "0..3", "1,,2"):
+        with pytest.raises(ConfigError, match="should list base layers, such as 0-23,8-31"):
+            explicit_map(text, 8)
+    for text in ("3-2", "0-8", "8"):
+        with pytest.raises(ConfigError, match="the base has 0-7"):
+            explicit_map(text, 8)
 
 
 def test_the_drawing_shows_both_copies_and_the_seam() -> None:
@@ -101,6 +153,17 @@ def test_the_drawing_shows_both_copies_and_the_seam() -> None:
         "   0-5    0-5   ██████··",
         "  6-11    2-7   ··██████",
         "seam: base layer 2 follows base layer 5 at result layer 6",
+    ]
+
+
+def test_the_drawing_tells_layers_that_add_nothing_from_copies() -> None:
+    assert draw(depth_map("llama-pro", 4, 6)).splitlines() == [
+        "result   base   0  3",
+        "   0-1    0-1   ██··",
+        "     2      1   ·░··",
+        "   3-4    2-3   ··██",
+        "     5      3   ···░",
+        "░ adds nothing at first: its o_proj and down_proj are zero",
     ]
 
 
@@ -151,6 +214,42 @@ def test_logits_are_those_of_a_transformers_model_stacked_by_hand(
     assert not torch.allclose(found, shallow, atol=1e-2)
 
 
+def write_map(base: Path, layers: DepthMap, output: Path, dtype: torch.dtype | None = None) -> None:
+    folder = ModelFolder.open(base)
+    write_upscaled(folder, plan_upscale(folder, layers, dtype=dtype), output)
+
+
+def test_identity_layers_change_no_logit_and_only_their_two_matrices_are_zero(
+    tmp_path: Path, base: Path, model: LlamaForCausalLM
+) -> None:
+    write_map(base, depth_map("llama-pro", 8), tmp_path / "out")
+    result = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert result.config.num_hidden_layers == 10
+    tokens = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        assert torch.equal(result(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
+    zero = [name for name, tensor in result.state_dict().items() if not tensor.any()]
+    assert zero == [
+        f"model.layers.{layer}.{name}.weight" for layer in (4, 9) for name in ("self_attn.o_proj", "mlp.down_proj")
+    ]
+    lineage = json.loads((tmp_path / "out/lineage.json").read_text())
+    assert (lineage["strategy"], lineage["paper"], lineage["drop"]) == ("llama-pro", "arXiv 2401.02415", None)
+    assert lineage["zeroed_layers"] == [4, 9]
+    check_sums(lineage, base, tmp_path / "out")
+
+
+def test_another_precision_is_rounded_to_the_nearest_and_told_in_the_lineage(tmp_path: Path, base: Path) -> None:
+    write_map(base, explicit_map("0-7,7", 8), tmp_path / "out", torch.bfloat16)
+    lineage = json.loads((tmp_path / "out/lineage.json").read_text())
+    assert (lineage["base_dtype"], lineage["dtype"], lineage["strategy"]) == ("float32", "bfloat16", "map")
+    check_sums(lineage, base, tmp_path / "out")
+    name = "model.layers.8.mlp.up_proj.weight"
+    bits = ModelFolder.open(base).tensor("model.layers.7.mlp.up_proj.weight").view(torch.int32).long()
+    # By hand: half of the last place is added, less one bit where the last place is even.
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    assert torch.equal(ModelFolder.open(tmp_path / "out").tensor(name).view(torch.int16).long(), rounded)
+
+
 def test_bf16_weights_stay_bf16(tmp_path: Path, model: LlamaForCausalLM) -> None:
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(tmp_path / "base")
     assert upscale(tmp_path / "base", tmp_path / "out", drop=2).dtype == "bfloat16"
@@ -181,14 +280,21 @@ def test_the_lineage_has_sources_counts_and_checksums_that_hold(tmp_path: Path, 
     lineage = json.loads((tmp_path / "out/lineage.json").read_text())
     assert lineage["layer_sources"] == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 6, 7]
     assert (lineage["strategy"], lineage["paper"], lineage["drop"]) == ("solar", "arXiv 2312.15166", 2)
-    for side, path in (("base", base), ("result", tmp_path / "out")):
+    check_sums(lineage, base, tmp_path / "out")
+    assert "model.safetensors" in lineage["result"]["files"]
+
+
+def check_sums(lineage: dict[str, Any], base: Path, result: Path) -> None:
+    for side, path in (("base", base), ("result", result)):
         tensors = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
         assert lineage[side]["parameters"] == sum(tensor.numel() for tensor in tensors.values())
-        sums = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+        sums = {
+            name: hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+            for name, tensor in tensors.items()
+        }
         assert lineage[side]["tensors"] == sums
         for name, digest in lineage[side]["files"].items():
             assert hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
-    assert "model.safetensors" in lineage["result"]["files"]
 
 
 def test_progress_ends_at_the_size_of_the_result(tmp_path: Path, base: Path) -> None:
@@ -243,6 +349,19 @@ upscale(Path(sys.argv[1]), Path(sys.argv[2]), drop=2, progress=stop_half_way)
     assert ModelFolder.open(tmp_path / "out").shape.num_layers == 12
 
 
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    base: Path,
+    mount_disk: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    disk = mount_disk(1)
+    (disk / "other").write_bytes(bytes(800_000))
+    code, _, err = run_command(capsys, monkeypatch, base, "--output", disk / "out")
+    assert (code, "the deeper model in" in err, "free space" in err) == (1, True, True), err
+    assert [path.name for path in disk.iterdir()] == ["other"]
+
+
 # The command line
 
 
@@ -280,6 +399,11 @@ def test_explain_draws_and_writes_nothing(
     [
         ([], 2, "--output DIR is missing"),
         (["--output", "OUT", "--drop", "2", "--layers", "12"], 2, "give one"),
+        (["--output", "OUT", "--map", "0-7", "--layers", "12"], 2, "give one"),
+        (["--output", "OUT", "--map", "0-7", "--strategy", "stack"], 2, "leave --strategy away"),
+        (["--output", "OUT", "--map", "0-9"], 2, "the base has 0-7"),
+        (["--output", "OUT", "--strategy", "stack", "--drop", "2"], 2, "give stack --layers"),
+        (["--output", "OUT", "--strategy", "yi-middle"], 2, "give one with --text FILE"),
         (["--output", "OUT", "--drop", "4"], 2, "use 0 to 3"),
         (["--output", "OUT", "--layers", "13"], 2, "nearest are 10, 12, 14, 16"),
         (["--output", "OUT", "--strategy", "soler"], 2, "did you mean solar?"),

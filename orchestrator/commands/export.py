@@ -20,6 +20,7 @@ def command(run: str, output: Path, verify: bool, as_json: bool) -> None:
     from orchestrator.plan import read_plan
     from orchestrator.progress import progress_bar
     from orchestrator.screen import print_json, print_next
+    from orchestrator.settings import RANDOM_BASE
     from orchestrator.values import to_plain
     from orchestrator.verify import verify_export
 
@@ -27,6 +28,12 @@ def command(run: str, output: Path, verify: bool, as_json: bool) -> None:
     from megatron_solar.export import export
 
     plan = read_plan(found.plan)
+    if plan.settings.base != RANDOM_BASE and not Path(plan.settings.base).is_dir():
+        click.echo(
+            f"the base {plan.settings.base} is gone: the tokenizer is that of the data, and the base's chat template, "
+            "generation settings, licence and lineage are left out",
+            err=True,
+        )
     with progress_bar("export", unit="parameters") as show:
         sums = export(checkpoint, plan, output, run_name=found.name, progress=show)
     verified = verify_export(found, checkpoint, output) if verify else None

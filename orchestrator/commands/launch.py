@@ -60,10 +60,12 @@ def command(
     many nodes, the same layout, supervisor and tracking, a toy model on CPU ranks; it saves, loses a
     node, and goes on. Data and base are made where they are not given.
     """
+    from megatron_solar.lineage import has_evaluation
     from orchestrator.commands.plan import show_plan
     from orchestrator.launch import check_start, launch
     from orchestrator.plan import make_plan
-    from orchestrator.screen import print_facts, print_next
+    from orchestrator.screen import notice, print_facts, print_next
+    from orchestrator.settings import RANDOM_BASE
     from orchestrator.units import format_count
 
     chosen = {"spare_nodes": spare_nodes, "partition": partition, "time_limit": time_limit}
@@ -97,6 +99,9 @@ def command(
         print_facts("", [("data set", f"{format_count(tokens)} tokens, read {plan.total_tokens / tokens:.2f} times")])
     if branch is not None:
         print_facts("", [("goes on from", f"{branch.run.name}, {branch.checkpoint.name}")])
+    elif settings.base != RANDOM_BASE and not has_evaluation(Path(settings.base)):
+        notice("the base has no recorded loss to compare the first one with; `orchestrate upscale --evaluate TEXT` "
+               "records one")  # fmt: skip
     if dry_run:
         if plan.settings.cluster.scheduler == "slurm":
             from orchestrator.run_directory import RunDirectory

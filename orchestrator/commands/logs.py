@@ -109,6 +109,9 @@ def event_line(event: "object") -> str:
         case e.StartEvent():
             what = (f"starts after step {event.step} from {event.loaded_from}: {event.layout} on {event.device}, "
                     f"{format_count(event.parameters)} parameters")  # fmt: skip
+        case e.FirstLossEvent():
+            what = (f"first loss {event.loss:.5f}, recorded with the base {event.recorded_loss:.5f}: relative "
+                    f"difference {event.relative_difference:.1e}, of tokens {event.token_difference:.1e}")  # fmt: skip
         case e.StepEvent():
             what = (f"step {event.step}  loss {event.loss:.4f}  gradient norm {event.gradient_norm:.3f}  "
                     f"rate {event.learning_rate:.2e}  {format_count(event.tokens_per_second)} tokens/s  "

@@ -18,7 +18,7 @@ COMMANDS = {
     "doctor": "Say what works on this machine, what does not, and the remedy.",
     "tokenize": "Turn text into Megatron data sets.",
     "data": "Look into data sets, merge them, index them, see what a step of a run saw.",
-    "upscale": "Deepen a Hugging Face model by SOLAR's rule.",
+    "upscale": "Deepen a Hugging Face model by copies of its layers, by SOLAR's rule or another.",
     "plan": "Show layout, memory, steps and cost of a recipe, without starting anything.",
     "launch": "Start a run.",
     "status": "Show where a run stands, or list all runs.",
