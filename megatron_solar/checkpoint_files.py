@@ -79,7 +79,7 @@ def write_part(folder: Path, rank: int, pieces: Sequence[StagedPiece], staged: T
     written, hash_seconds = 0, 0.0
     try:
         with temporary.open("xb", buffering=0) as stream:
-            for chunk in _chunks(_header(pieces), staged):
+            for chunk in _chunks(header_of(pieces), staged):
                 before = time.monotonic()
                 digest.update(chunk)
                 hash_seconds += time.monotonic() - before
@@ -94,7 +94,7 @@ def write_part(folder: Path, rank: int, pieces: Sequence[StagedPiece], staged: T
             rank=rank,
             file=path.name,
             facts=FileFacts(bytes=written, sha256=digest.hexdigest()),
-            tensors=_tensors(pieces, path.name),
+            tensors=stored_tensors(pieces, path.name),
             write_seconds=time.monotonic() - started,
             hash_seconds=hash_seconds,
         )
@@ -114,7 +114,8 @@ def _chunks(header: bytes, staged: Tensor) -> Iterator[memoryview]:
         yield content[first : first + CHUNK_BYTES]
 
 
-def _header(pieces: Sequence[StagedPiece]) -> bytes:
+def header_of(pieces: Sequence[StagedPiece]) -> bytes:
+    """Return what a file of these pieces begins with."""
     entries: dict[str, object] = {}
     for piece in pieces:
         entries[_piece_name(piece.name, piece.rectangle.offset, piece.rectangle.size)] = {
@@ -131,7 +132,8 @@ def _piece_name(name: str, offset: Sequence[int], size: Sequence[int]) -> str:
     return f"{name}[{','.join(f'{a}:{a + n}' for a, n in zip(offset, size, strict=True))}]"
 
 
-def _tensors(pieces: Sequence[StagedPiece], file: str) -> dict[str, StoredTensor]:
+def stored_tensors(pieces: Sequence[StagedPiece], file: str) -> dict[str, StoredTensor]:
+    """Return what a rank's record says of its file, by the name of the whole tensor."""
     found: dict[str, list[StagedPiece]] = {}
     for piece in pieces:
         found.setdefault(piece.name, []).append(piece)

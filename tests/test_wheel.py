@@ -1,5 +1,6 @@
 """The wheel in an environment of its own; `make wheel-check` does the same with all requirements installed anew."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -32,6 +33,14 @@ def test_a_wheel_without_the_recipes_is_found_out(wheel: Path, tmp_path: Path) -
             if name != "orchestrator/conf/recipe/demo.yaml":
                 archive.writestr(name, whole.read(name))
     assert wheel_problems(poorer) == ["orchestrator/conf/recipe/demo.yaml is missing"]
+
+
+def test_without_a_compiler_the_wheel_is_built_and_lacks_the_encoder_alone(tmp_path: Path) -> None:
+    source = copy_checkout(tmp_path / "source")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", source]
+    run(command, tmp_path, {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"})
+    (made,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel_problems(made) == ["the compiled encoder is missing"]
 
 
 def test_the_installed_wheel_plans_tokenizes_and_trains_from_any_directory(wheel: Path, tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ def wheel_problems(wheel: Path) -> list[str]:
     found = [f"{name} is missing" for name in sorted(wanted - names)]
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     found += [f"{top}/ should not be in it" for top in sorted(tops - {"orchestrator", "megatron_solar"})]
+    if not any(name.startswith("orchestrator/tokenize/native_encoder.") and name.endswith(".so") for name in names):
+        found.append("the compiled encoder is missing")
     if "orchestrator/tokenize/__init__.py" in names:
         found.append("orchestrator/tokenize/__init__.py should not be in it")
     if not any(name.endswith("dist-info/licenses/LICENSE") for name in names):
