@@ -165,7 +165,7 @@ def start_layout(trainer: Trainer, tensor: int, pipeline: int, bases: Mapping[st
             ranks.append(
                 subprocess.Popen(command, env=rank_environment(run, plan), cwd=run.path, stdout=log, stderr=log)
             )
-    codes = [rank.wait(timeout=120) for rank in ranks]
+    codes = [rank.wait(timeout=300) for rank in ranks]
     assert set(codes) == {0}, "\n".join(attempt.rank_log(rank).read_text()[-2000:] for rank in range(len(ranks)))
     return [torch.load(attempt.path / f"found-{rank}.pt") for rank in range(len(ranks))]
 
