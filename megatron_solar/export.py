@@ -16,7 +16,7 @@ from megatron_solar.lineage import LINEAGE_FILE, read_lineage
 from megatron_solar.model_config import kept_config
 from megatron_solar.model_folder import read_config, tokenizer_files
 from megatron_solar.model_writer import Checksums, write_model_folder
-from megatron_solar.upscale import LICENCE_FILES
+from megatron_solar.upscale import kept_files
 from megatron_solar.weights import PRECISION_DTYPES, to_hugging_face
 from orchestrator.checkpoints import Checkpoint
 from orchestrator.plan import TrainingPlan
@@ -25,8 +25,6 @@ from orchestrator.tokenize import hugging_face
 from orchestrator.tokenize.manifest import read_manifest
 from orchestrator.values import to_plain
 from orchestrator.version import VERSION
-
-GENERATION_FILE = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,11 +109,10 @@ def _companions(plan: TrainingPlan) -> _Companions:
     settings, base = plan.settings, Path(plan.settings.base)
     if settings.base != RANDOM_BASE and base.is_dir():
         found = tokenizer_files(base)
-        kept = [base / name for name in (*LICENCE_FILES, GENERATION_FILE) if (base / name).is_file()]
         return _Companions(
             tokenizer_files=found,
             config=kept_config(read_config(base)),
-            files={**_made_tokenizer(found), **{file.name: file.read_bytes() for file in kept}},
+            files={**_made_tokenizer(found), **kept_files(base)},
             lineage=read_lineage(base),
         )
     data = Path(settings.data.train[0])

@@ -138,8 +138,7 @@ def write_upscaled(
         ModelFolderError: the base holds NaN, or the disk is too small.
         OrchestrateError: `output` exists already.
     """
-    own_files = [name for name in (*LICENCE_FILES, "generation_config.json") if (base.path / name).is_file()]
-    extra_files: dict[str, str | bytes] = {name: (base.path / name).read_bytes() for name in own_files}
+    extra_files = kept_files(base.path)
     record = None
     if evaluation is not None:
         extra_files[EVALUATION_FILE] = evaluation.to_bytes()
@@ -170,6 +169,12 @@ def source_name(name: str, layers: DepthMap) -> str:
     """Return the base's tensor that a tensor of the result is a copy of."""
     match = _LAYER.fullmatch(name)
     return f"{match[1]}{layers.sources[int(match[2])]}{match[3]}" if match else name
+
+
+def kept_files(base: Path) -> dict[str, str | bytes]:
+    """Return by name the licence and generation settings of a base, which what is made of it keeps."""
+    names = (*LICENCE_FILES, "generation_config.json")
+    return {name: (base / name).read_bytes() for name in names if (base / name).is_file()}
 
 
 def is_zeroed(name: str, layers: DepthMap) -> bool:

@@ -32,6 +32,7 @@ from orchestrator.run_directory import RunDirectory
 from orchestrator.values import to_plain
 from orchestrator.verify import LOGIT_TOLERANCE, verify_export
 from tests.conftest import Trainer, losses, relative_difference
+from tests.random_base import write_random_base
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
@@ -57,27 +58,7 @@ TP2_PP2 = ("layout.tensor_parallel=2", "layout.pipeline_parallel=2", "cluster.ra
 
 def make_base(folder: Path, tokenizer: Path, **different: object) -> Path:
     """Let transformers write a random model, its norms not all ones, with a vocabulary file beside it."""
-    kind = different.pop("model_type", "llama")
-    sizes: dict[str, object] = {
-        "vocab_size": 32000,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5,
-        "initializer_range": 0.12,  # so that attention is far from uniform
-        **({"sliding_window": None} if kind == "mistral" else {}),
-        **different,
-    }
-    torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **sizes))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-    model.save_pretrained(folder)
+    write_random_base(folder, **{"vocab_size": 32000, **different})
     (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
     return folder
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy
 import pytest
-import torch
-import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +31,7 @@ from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.why import explain_run
 from tests.conftest import SMALL, Trainer, events_of
 from tests.launched import wait_to_end
+from tests.random_base import write_random_base
 
 # Of the up-scaled model; heads, layers and rope make a difference in a model that is wide enough and has large weights.
 SHAPE = (
@@ -49,26 +48,8 @@ TP2_PP2 = ("layout.tensor_parallel=2", "layout.pipeline_parallel=2", "cluster.ra
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base of 3 layers."""
     folder = tmp_path_factory.mktemp("first-loss") / "base"
-    torch.manual_seed(5)
-    config = transformers.LlamaConfig(
-        vocab_size=32000,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-5,
-        rope_theta=100.0,
-        initializer_range=0.1,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-    model.save_pretrained(folder)
-    return folder
+    shape = {"vocab_size": 32000, "num_hidden_layers": 3, "rope_theta": 100.0, "initializer_range": 0.1}
+    return write_random_base(folder, seed=5, **shape)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from orchestrator.settings import TrainingSettings
 from orchestrator.slurm.ranks import rank_environment, rank_words
 from tests.conftest import Trainer
 from tests.parity_ranks import STEPS
+from tests.random_base import write_random_base
 
 TOLERANCE = 2e-5
 BATCHES, BATCH, LENGTH = 2, 2, 48
@@ -59,26 +60,6 @@ class Reference:
     folder: Path
     logits: Tensor
     losses: list[float]
-
-
-def make_base(folder: Path, **different: Any) -> Path:
-    """Let transformers write a random model whose norms are not all ones."""
-    kind = different.pop("model_type", "llama")
-    sizes: dict[str, Any] = {
-        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-        "initializer_range": 0.12, **different,
-    }  # fmt: skip
-    if kind == "mistral":
-        sizes["sliding_window"] = None
-    torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **sizes))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-    model.save_pretrained(folder)
-    return folder
 
 
 def reference(folder: Path, tokens_MBS: Tensor) -> Reference:
@@ -123,7 +104,7 @@ def tokens() -> Tensor:
 def references(tmp_path_factory: pytest.TempPathFactory, tokens: Tensor) -> dict[str, Reference]:
     """Bases of every shape, some of them up-scaled."""
     folder = tmp_path_factory.mktemp("bases")
-    bases = {name: make_base(folder / str(n), **SHAPES[name]) for n, name in enumerate(SHAPES)}
+    bases = {name: write_random_base(folder / str(n), **SHAPES[name]) for n, name in enumerate(SHAPES)}
     for name in UPSCALED:
         upscale(bases[name], folder / f"upscaled-{name}", drop=1)
         bases[f"{name}, up-scaled"] = folder / f"upscaled-{name}"

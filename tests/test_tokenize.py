@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import mistral_common
 import numpy
 import pytest
 import sentencepiece
@@ -26,8 +25,8 @@ from orchestrator.tokenize.hugging_face import tokenizer_files
 from orchestrator.tokenize.manifest import DatasetManifest, read_manifest
 from orchestrator.tokenize.shard import ShardWriter, token_type
 from orchestrator.tokenize.stage import tokenize_corpus
+from tests.tokenize_corpora import TOKENIZER, write_lines
 
-TOKENIZER = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 ORCHESTRATE = Path(sys.executable).with_name("orchestrate")
 
 TEXTS = [
@@ -54,11 +53,6 @@ def indexed_dataset() -> Any:
         from megatron.core.datasets import indexed_dataset
 
     return indexed_dataset
-
-
-def write_lines(path: Path, texts: Sequence[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
 
 
 def tokenize(inputs: Sequence[Path], output: Path, **settings: Any) -> DatasetManifest:

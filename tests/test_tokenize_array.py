@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,10 @@ from orchestrator.tokenize.stage import tokenize_corpus
 from orchestrator.tokenize.work_folder import WorkFolder
 from tests.conftest import REPOSITORY
 from tests.slurm_runs import needs_accounting, needs_slurm
-from tests.tokenize_corpora import SETTINGS, TOKENIZER, contents, write_corpus, write_lines
+from tests.tokenize_corpora import SETTINGS, TOKENIZER, contents, undisturbed, wait_within, write_lines
 
 DEADLINE_SECONDS = 90.0
+wait_until = functools.partial(wait_within, DEADLINE_SECONDS)
 TASKS = 4
 ORCHESTRATE = Path(sys.executable).with_name("orchestrate")
 
@@ -47,10 +47,7 @@ ORCHESTRATE = Path(sys.executable).with_name("orchestrate")
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `corpus` and what one process, undisturbed, makes of it."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write_corpus(folder / "corpus", 400)
-    tokenize_corpus([folder / "corpus"], TOKENIZER, folder / "expected", workers=1, **SETTINGS)
-    return folder
+    return undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
 def tokenize(corpus: Path, output: Path, *, tasks: int = TASKS, **settings: Any) -> DatasetManifest:
@@ -76,15 +73,6 @@ def coordinator(corpus: Path, output: Path, folder: Path, **environment: str) ->
             yield process
         finally:
             process.kill()
-
-
-def wait_until(is_so: Callable[[], Any]) -> Any:
-    """Return what is not false at last."""
-    until = time.monotonic() + DEADLINE_SECONDS
-    while not (found := is_so()):
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    return found
 
 
 def array_of(output: Path) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """A tokenization that is killed, out of room, changed or begun twice: nothing is lost, nothing is silently wrong."""
 
 import contextlib
+import functools
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from orchestrator.tokenize.stage import tokenize_corpus
 from orchestrator.tokenize.work_folder import WorkFolder
 from orchestrator.tokenize.workers import work_on
 from tests.conftest import REPOSITORY
-from tests.tokenize_corpora import SETTINGS, TOKENIZER, contents, write_corpus, write_lines
+from tests.tokenize_corpora import SETTINGS, TOKENIZER, contents, undisturbed, wait_within, write_lines
 
 DEADLINE_SECONDS = 60.0
+wait_until = functools.partial(wait_within, DEADLINE_SECONDS)
 
 
 class StoppedError(Exception):
@@ -36,10 +37,7 @@ class StoppedError(Exception):
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `corpus` and what one process, undisturbed, makes of it."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write_corpus(folder / "corpus", 400)
-    tokenize_corpus([folder / "corpus"], TOKENIZER, folder / "expected", workers=1, **SETTINGS)
-    return folder
+    return undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
 def tokenize(inputs: Sequence[Path], output: Path, **settings: Any) -> DatasetManifest:
@@ -84,13 +82,6 @@ def start(
         "except OrchestrateError as error:\n    print(type(error).__name__, error)\n    raise SystemExit(1)\n"
     )
     return subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    until = time.monotonic() + DEADLINE_SECONDS
-    while not is_so():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def endless_corpus(folder: Path) -> Path:

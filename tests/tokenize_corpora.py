@@ -3,13 +3,17 @@
 import gzip
 import json
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mistral_common
 from backports import zstd
 
+from orchestrator.tokenize.stage import tokenize_corpus
+
+T = TypeVar("T")
 TOKENIZER = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 
 SETTINGS: dict[str, Any] = {
@@ -73,4 +77,20 @@ def contents(folder: Path, name: str) -> dict[str, bytes]:
             # A picture has the folder's name in its title.
             if path.name != "documents.svg":
                 found[f"{part}/{path.name}"] = content
+    return found
+
+
+def undisturbed(folder: Path) -> Path:
+    """Write `corpus` into a folder, and as `expected` what one process makes of it."""
+    write_corpus(folder / "corpus", 400)
+    tokenize_corpus([folder / "corpus"], TOKENIZER, folder / "expected", workers=1, **SETTINGS)
+    return folder
+
+
+def wait_within(seconds: float, is_so: Callable[[], T]) -> T:
+    """Return what is not false at last."""
+    until = time.monotonic() + seconds
+    while not (found := is_so()):
+        assert time.monotonic() < until
+        time.sleep(0.01)
     return found

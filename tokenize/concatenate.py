@@ -16,6 +16,7 @@ from orchestrator.tokenize.shard import INDEX_CHUNK, Lengths, write_index
 from orchestrator.tokenize.shard_reader import ShardReader
 
 SHARD_TOKENS = 1 << 30
+"""2 GB of uint16. GPTDataset keeps document ids in int32, so a large corpus needs many shards."""
 LARGEST_SHARD_DOCUMENTS = 2**31 - 1
 """GPTDataset numbers documents in int32."""
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from orchestrator.errors import DataError
+from orchestrator.tokenize.sentencepiece_engine import open_model
+from orchestrator.tokenize.tokenizers_engine import open_tokenizer
 
 
 class Decoder:
@@ -52,12 +54,7 @@ def load_decoder(file: Path) -> Decoder:
 
 
 def _sentencepiece(file: Path) -> Decoder:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        processor = SentencePieceProcessor(model_file=str(file))
-    except (RuntimeError, OSError) as error:
-        raise DataError(f"{file} should be a SentencePiece model; the library says: {error}") from error
+    processor = open_model(file)
     size = int(processor.get_piece_size())
     control = {number: str(processor.id_to_piece(number)) for number in range(size) if processor.is_control(number)}
 
@@ -68,12 +65,7 @@ def _sentencepiece(file: Path) -> Decoder:
 
 
 def _hugging_face(file: Path) -> Decoder:
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises no narrower type
-        raise DataError(f"{file} should be a tokenizer.json; the library says: {error}") from error
+    tokenizer = open_tokenizer(file)
     added = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
     def decode(ids: Sequence[int]) -> str:

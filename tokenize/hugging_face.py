@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 SPACE = "▁"
+"""What SentencePiece writes for a space."""
 
 
 def tokenizer_files(model_file: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from orchestrator.errors import DataError
 from orchestrator.tokenize.text_engine import TextEngine
@@ -11,14 +12,7 @@ class SentencePieceEngine(TextEngine):
     """One thread; several processes share the work."""
 
     def __init__(self, file: Path) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            processor = SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError) as error:
-            raise DataError(
-                f"tokenizer {file} should be a SentencePiece model (tokenizer.model); the library says: {error}"
-            ) from error
+        processor = open_model(file)
         if processor.eos_id() < 0:
             raise DataError(
                 f"tokenizer {file} has no end-of-sentence piece, and documents need an end; use a model "
@@ -32,3 +26,19 @@ class SentencePieceEngine(TextEngine):
             end_of_document=int(processor.eos_id()),
             begin_of_document=begin if begin >= 0 else None,
         )
+
+
+def open_model(file: Path) -> Any:
+    """Return the library's processor of a model.
+
+    Raises:
+        DataError: the file is none.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_file=str(file))
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"tokenizer {file} should be a SentencePiece model (tokenizer.model); the library says: {error}"
+        ) from error

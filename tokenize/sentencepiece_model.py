@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import DataError
-
-SPACE = "▁"
-"""What SentencePiece writes for a space."""
+from orchestrator.tokenize.hugging_face import SPACE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

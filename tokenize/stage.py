@@ -13,6 +13,7 @@ from orchestrator.errors import ConfigError, DataError, OrchestrateError
 from orchestrator.files import sha256_of
 from orchestrator.tokenize.begin import absolute_files, begin, coordinator_lock
 from orchestrator.tokenize.blocks import BLOCK_BYTES
+from orchestrator.tokenize.concatenate import SHARD_TOKENS
 from orchestrator.tokenize.engine import EngineChoice
 from orchestrator.tokenize.engines import load_engine
 from orchestrator.tokenize.inputs import find_files
@@ -28,8 +29,6 @@ from orchestrator.tokenize.work_folder import UnitRecord, WorkFolder, WorkPlan
 from orchestrator.tokenize.workers import processors, work_on
 from orchestrator.tokenize.write_errors import explain
 
-# 2 GB of uint16. GPTDataset keeps document ids in int32, so a large corpus needs many shards.
-SHARD_TOKENS = 1 << 30
 MAX_BAD = 0.01
 
 CarryOut = Callable[[WorkFolder, Callable[[], None]], None]

@@ -21,14 +21,7 @@ class TokenizersEngine(TextEngine):
 
     def __init__(self, file: Path) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # it raises nothing narrower
-            raise DataError(
-                f"tokenizer {file} should be a tokenizer.json of Hugging Face; the library says: {error}"
-            ) from error
+        tokenizer = open_tokenizer(file)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
@@ -51,6 +44,22 @@ class TokenizersEngine(TextEngine):
             end_of_document=end,
             begin_of_document=_id_of(tokenizer, config, "bos_token"),
         )
+
+
+def open_tokenizer(file: Path) -> Any:
+    """Return the library's tokenizer of a tokenizer.json.
+
+    Raises:
+        DataError: the file is none.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # it raises nothing narrower
+        raise DataError(
+            f"tokenizer {file} should be a tokenizer.json of Hugging Face; the library says: {error}"
+        ) from error
 
 
 def _config_of(file: Path) -> dict[str, Any]:
