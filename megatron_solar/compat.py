@@ -46,6 +46,7 @@ with warnings.catch_warnings():
     )
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
@@ -265,6 +266,25 @@ def set_learning_rate(optimizer: Any, learning_rate: float, weight_decay: float)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_mult", 1.0)
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Return the global norm of the gradients, which now lie in the optimizer in fp32; collective."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def apply_gradients(optimizer: Any, norm: float) -> None:
+    """Clip the gradients by their global norm, step, and give the new weights to all replicas; collective.
+
+    With `gradient_norm` before it this is the optimizer's own `step`, cut in two so that a step whose gradients
+    are no good can be left out.
+    """
+    for part in _parts(optimizer):
+        parameters = part.get_parameters()
+        if parameters:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
 
 
 def run_schedule(

@@ -68,7 +68,7 @@ def request_of(plan: TrainingPlan) -> SampleRequest:
         plan.settings.data,
         plan.settings.model,
         seed=plan.settings.training.seed,
-        training_samples=plan.total_steps * layout.global_batch_size,
+        training_samples=plan.consumed_samples(plan.total_steps),
         validation_samples=validation_passes(plan) * layout.micro_batch_size * layout.data_parallel,
     )
 

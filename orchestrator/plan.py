@@ -42,6 +42,14 @@ class TrainingPlan:
         """Tokens of all steps, the last one whole."""
         return self.tokens_per_step * self.total_steps
 
+    def consumed_samples(self, step: int) -> int:
+        """Training samples that the first `step` steps read; the next step begins with this one."""
+        return step * self.layout.global_batch_size
+
+    def consumed_tokens(self, step: int) -> int:
+        """Tokens of the first `step` steps."""
+        return self.consumed_samples(step) * self.settings.data.sequence_length
+
     def seconds_at(self, mfu: float) -> float | None:
         """Return the training time at a share of the cluster's peak, or None where no peak is known."""
         peak = self.settings.cluster.peak_tflops

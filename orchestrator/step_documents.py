@@ -96,7 +96,8 @@ def step_documents(
     plan = read_plan(done[-1].plan)
     request = request_of(plan)
     folder = index_of(run, plan, request, index)
-    first, size = (step - 1) * plan.layout.global_batch_size, plan.layout.global_batch_size
+    first = plan.consumed_samples(step - 1)
+    size = plan.consumed_samples(step) - first
     reader = SampleReader(request, folder)
     return StepDocuments(
         step=step,

@@ -44,8 +44,9 @@ SMALL = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the switch that writes golden files anew."""
+    """Add the switches of single tests."""
     parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")
+    parser.addoption("--whole-corpus", action="store_true", help="tests/test_native_corpus.py on all of its 230 MB")
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megatron_solar import compat
 from megatron_solar.model_folder import ModelFolder
+from megatron_solar.one_step import forward_step
 from megatron_solar.replica import Replica, build_replica, weight_source
-from megatron_solar.train import _forward_step
 from megatron_solar.weights import EMBEDDING, OUTPUT_LAYER, vocabulary_rows
 from megatron_solar.worker import join
 from orchestrator.files import read_json
@@ -92,7 +92,7 @@ def _step(plan: TrainingPlan, replica: Replica, batches: list[dict[str, Tensor]]
         chunk.zero_grad_buffer()
     replica.optimizer.zero_grad()
     length = plan.settings.data.sequence_length
-    losses = compat.run_schedule(_forward_step, replica.chunks, batches, plan.layout, length)
+    losses = compat.run_schedule(forward_step, replica.chunks, batches, plan.layout, length)
     compat.set_learning_rate(
         replica.optimizer, plan.settings.training.learning_rate, plan.settings.training.weight_decay
     )

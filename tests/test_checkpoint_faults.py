@@ -19,7 +19,7 @@ import torch
 
 from megatron_solar.checkpoint import CheckpointWriter, OwnedPiece
 from megatron_solar.pieces import Rectangle
-from megatron_solar.train import check_room
+from megatron_solar.run_state import check_room
 from orchestrator import exit_codes
 from orchestrator.checkpoint_keeper import mark_left_over
 from orchestrator.checkpoints import (

@@ -24,7 +24,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 LARGEST_DOCUMENT_BYTES = 50_000
@@ -109,6 +109,11 @@ def _sources() -> tuple[Source, ...]:
 
 
 SOURCES = _sources()
+SMALL = (
+    "gnome-user-docs", "manpages", "manpages-fr", "manpages-ru", "libreoffice-l10n-ko", "libreoffice-l10n-hi",
+    "libhangul-data", "hunspell-ko", "git-doc", "python3-django", "iso-codes", "sqlite3-doc",
+)  # fmt: skip
+"""Packages of a part that is built in seconds, with text of every script."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,11 +126,12 @@ class Document:
     line: bytes
 
 
-def corpus(folder: Path | None = None, megabytes: float | None = None) -> Path:
+def corpus(folder: Path | None = None, megabytes: float | None = None, *, small: bool = False) -> Path:
     """Return the corpus as a file of JSON lines; it is built where the folder does not hold it yet.
 
     Args:
         folder: keeps the corpus for the next time; the user's cache folder by default.
+        small: build it of the packages of `SMALL` alone.
         megabytes: return a file of only the first documents, up to that much text.
 
     Raises:
@@ -133,14 +139,15 @@ def corpus(folder: Path | None = None, megabytes: float | None = None) -> Path:
     """
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     home = (folder or _cache_folder()) / recipe
-    whole = home / "text.jsonl"
+    whole = home / ("small.jsonl" if small else "text.jsonl")
     if not whole.exists():
         home.mkdir(parents=True, exist_ok=True)
+        sources = [source for source in SOURCES if not small or source.package in SMALL]
         with tempfile.TemporaryDirectory(prefix="building-", dir=home) as building:
-            _build(Path(building)).replace(whole)
+            _build(Path(building), sources).replace(whole)
     if megabytes is None:
         return whole
-    part = home / f"text-{megabytes:g}.jsonl"
+    part = home / f"{whole.stem}-{megabytes:g}.jsonl"
     if not part.exists():
         with tempfile.TemporaryDirectory(prefix="building-", dir=home) as building:
             file = Path(building) / part.name
@@ -177,15 +184,15 @@ def _cache_folder() -> Path:
 # --- From packages to documents
 
 
-def _build(folder: Path) -> Path:
-    packages = _download(folder, sorted({source.package for source in SOURCES}))
+def _build(folder: Path, sources: Sequence[Source]) -> Path:
+    packages = _download(folder, sorted({source.package for source in sources}))
     unpacked = {name: folder / name for name in packages}
     for name, archive in packages.items():
         subprocess.run(["dpkg-deb", "--extract", archive, unpacked[name]], check=True)
     documents: dict[bytes, Document] = {}
     # Spawned, since a caller may hold threads that a fork would lose.
     with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool:
-        for found in pool.starmap(_documents, [(source, unpacked[source.package]) for source in SOURCES], chunksize=1):
+        for found in pool.starmap(_documents, [(source, unpacked[source.package]) for source in sources], chunksize=1):
             for document in found:
                 documents.setdefault(document.key, document)
     whole = folder / "text.jsonl"
