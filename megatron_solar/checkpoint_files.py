@@ -176,7 +176,7 @@ class CheckpointTensors:
         for read in self._reads(name, offset, size):
             piece = read.piece
             stored = self._open(piece.file).get_slice(_piece_name(name, piece.offset, piece.size))
-            target[read.shared.within_second].copy_(stored[read.shared.within_first])
+            target[read.shared.within_second].copy_(torch.from_numpy(stored[read.shared.within_first]))
 
     def whole(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return a whole tensor, rounded to a type; memory holds nothing else of it."""
@@ -210,7 +210,9 @@ class CheckpointTensors:
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
-            self._files[file] = safetensors.safe_open(self._checkpoint.path / file, framework="pt")
+            # With "pt" the file is mapped so that it could be written to, and Linux then refuses one that is larger
+            # than the memory: 43 GB of one rank on a machine of 24 (safetensors 0.8).
+            self._files[file] = safetensors.safe_open(self._checkpoint.path / file, framework="numpy")
         return self._files[file]
 
 

@@ -160,7 +160,9 @@ def test_every_missing_input_is_told_at_once(orchestrate: Command, runs: Path, w
     assert not runs.exists()
 
 
-@pytest.mark.parametrize("fault", ["no weights", "another architecture", "another shape", "a small vocabulary"])
+@pytest.mark.parametrize(
+    "fault", ["no weights", "another architecture", "another shape", "another tokenizer", "a small vocabulary"]
+)
 def test_a_base_or_data_that_do_not_fit_are_refused(
     orchestrate: Command, runs: Path, work: Path, corpus: Path, fault: str
 ) -> None:
@@ -176,6 +178,10 @@ def test_a_base_or_data_that_do_not_fit_are_refused(
     elif fault == "another shape":
         overrides.append("model.num_layers=4")
         message = "model.num_layers: the base has 8, the settings say 4"
+    elif fault == "another tokenizer":
+        (base / "tokenizer.model").write_bytes(b"of other ids")
+        overrides.append("data.validation=[]")
+        message = "was made with another tokenizer"
     else:
         overrides = ["base=random", "model.vocab_size=1000", "data.validation=[]"]
         message = "was made with 32000 ids, the model knows 1000"

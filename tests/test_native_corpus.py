@@ -2,8 +2,8 @@
 
     python -m pytest tests/test_native_corpus.py --whole-corpus
 
-takes more than 200 MB in nine scripts and code (tests/text_corpus.py), and four minutes; without the switch it is a part
-of it, with text of every script. Three quarters of the time is sentencepiece.
+takes more than 200 MB in nine scripts and code (tests/text_corpus.py), and four minutes; without the switch a part of
+it, with text of every script. Three quarters of the time is sentencepiece.
 """
 
 import itertools

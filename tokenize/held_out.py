@@ -11,18 +11,16 @@ import numpy
 from numpy.typing import NDArray
 
 from orchestrator.errors import DataError
-from orchestrator.files import sha256_of
 from orchestrator.tokenize.blocks import read_unit
 from orchestrator.tokenize.engines import load_engine
 from orchestrator.tokenize.inputs import find_files
-from orchestrator.tokenize.manifest import MANIFEST, read_manifest
+from orchestrator.tokenize.manifest import MANIFEST, is_tokenizer_of, read_manifest
 from orchestrator.tokenize.shard import token_type
 from orchestrator.tokenize.shard_reader import ShardReader
 from orchestrator.tokenize.units import Position, plan_units
 
 TEXT_KEY = "text"
 BLOCK_BYTES = 1 << 18
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
 def held_out_tokens(source: Path, model: Path, *, sequences: int, length: int, vocab_size: int) -> NDArray[numpy.int32]:
@@ -74,8 +72,7 @@ def _of_text(source: Path, model: Path, wanted: int) -> NDArray[numpy.integer]:
 def _of_data_set(source: Path, model: Path, sequences: int, size: int) -> NDArray[numpy.integer]:
     """Return sequences that begin evenly over a data set; all of it, where it has fewer tokens than they."""
     manifest = read_manifest(source)
-    own = [sha256_of(model / name) for name in TOKENIZER_FILES if (model / name).is_file()]
-    if own and manifest.tokenizer_sha256 not in own:
+    if not is_tokenizer_of(model, manifest.tokenizer_sha256):
         raise DataError(
             f"{source} was made with another tokenizer than that of {model}; give a text, or a data set of "
             f"`orchestrate tokenize --tokenizer {model}`"

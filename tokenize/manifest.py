@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.errors import DataError, OrchestrateError
-from orchestrator.files import read_json
+from orchestrator.files import read_json, sha256_of
 from orchestrator.values import from_plain, to_plain
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
 PICTURE = "documents.svg"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+"""Of a model's folder; a data set is made with one of them."""
 FORMAT = 1
 
 TokenType = Literal["uint16", "int32"]
@@ -182,3 +184,9 @@ def file_problems(folder: Path, manifest: DatasetManifest) -> list[str]:
     if not (folder / manifest.tokenizer_file).is_file():
         found.append(f"{manifest.tokenizer_file} is missing")
     return found
+
+
+def is_tokenizer_of(model: Path, tokenizer_sha256: str) -> bool:
+    """Whether a tokenizer is one of a model's folder; also where the folder has none, since then nothing is known."""
+    own = [sha256_of(model / name) for name in TOKENIZER_FILES if (model / name).is_file()]
+    return not own or tokenizer_sha256 in own
