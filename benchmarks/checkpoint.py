@@ -67,7 +67,7 @@ def rank_main(rank: int, options: argparse.Namespace, folder: str) -> None:
         store = torch.distributed.FileStore(f"{folder}/store", options.ranks)
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks)
         compat.initialize_parallel(plan.layout, 1)
-        replica = build_replica(plan, weight_source(plan) if compat.data_rank() == 0 else None)
+        replica = build_replica(plan, weight_source(plan) if compat.replica_rank() == 0 else None)
         replica.optimizer.prepare_grads()
         for chunk in replica.chunks:
             chunk.zero_grad_buffer()

@@ -1,16 +1,19 @@
 """Every call into megatron-core, written for 0.16.1. Nothing else imports megatron.
 
 On CUDA the layers are Transformer Engine's where it is installed, otherwise megatron's own; on the
-CPU megatron's own with the RMSNorm below, since torch's wrapper refuses sequence parallelism.
+CPU megatron's own with the RMSNorm below, since torch's wrapper refuses sequence parallelism, and with the
+attention below where context ranks share a sequence, since megatron's own does not know of them.
 """
 
+import copy
 import dataclasses
 import importlib.util
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ import torch.distributed
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_solar.context_parallel import causal_mask, in_order_of_tokens, share_of_sequence
 from megatron_solar.prebuilt_index import check_prebuilt
 from megatron_solar.rope import inverse_frequencies
 from megatron_solar.sample_order import OrderedSamples, build_index
@@ -45,11 +49,13 @@ with warnings.catch_warnings():
         get_gpt_layer_with_transformer_engine_spec,
     )
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -72,6 +78,33 @@ class RMSNorm(torch.nn.Module):
         wide = x_SBH.float()
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * scaled.to(x_SBH.dtype)
+
+
+class GatheringAttention(DotProductAttention):
+    """megatron's own attention over sequences that context-parallel ranks share, by gathering keys and values.
+
+    A rank holds the keys and values of whole sequences for as long as a layer computes; the backward pass adds up what
+    all ranks' queries want of them. Never run on a GPU: there Transformer Engine has its own, which passes them on in
+    a ring.
+    """
+
+    def __init__(self, config: TransformerConfig, *arguments: Any, **options: Any) -> None:
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1  # megatron-core 0.16.1 refuses to build it otherwise
+        super().__init__(alone, *arguments, **options)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> Tensor:
+        """Attend from a rank's tokens, [sequence / ranks, batch, heads, size], to all that are before them."""
+        group = parallel_state.get_context_parallel_group()
+        key, value = (
+            in_order_of_tokens(gather_from_sequence_parallel_region(part.contiguous(), group=group), group.size())
+            for part in (key, value)
+        )
+        mask = causal_mask(key.shape[0], group.rank(), group.size(), key.device)
+        context: Tensor = super().forward(query, key, value, mask, **options)
+        return context
 
 
 class PaddedGPTModel(GPTModel):
@@ -104,6 +137,7 @@ def initialize_parallel(layout: ParallelLayout, seed: int, *, timeout_seconds: f
         virtual_pipeline_model_parallel_size=(
             layout.virtual_pipeline_parallel if layout.virtual_pipeline_parallel > 1 else None
         ),
+        context_parallel_size=layout.context_parallel,
         distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
     )
     model_parallel_cuda_manual_seed(seed)
@@ -115,8 +149,25 @@ def tensor_rank() -> int:
 
 
 def data_rank() -> int:
-    """This rank's place on the data-parallel axis."""
+    """This rank's place on the data-parallel axis: which samples it reads."""
     return int(parallel_state.get_data_parallel_rank())
+
+
+def replica_rank() -> int:
+    """This rank's number among those with the same weights, over the data- and the context-parallel axis."""
+    return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
+
+
+def context_ranks() -> int:
+    """How many ranks share a sequence."""
+    return int(parallel_state.get_context_parallel_world_size())
+
+
+def context_share(whole_BS: Tensor) -> Tensor:
+    """Return this rank's tokens of whole sequences."""
+    if context_ranks() == 1:
+        return whole_BS
+    return share_of_sequence(whole_BS, 1, parallel_state.get_context_parallel_rank(), context_ranks())
 
 
 def is_last_stage() -> bool:
@@ -158,6 +209,10 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pipeline_parallel,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_parallel if interleaved else None,
         sequence_parallel=layout.sequence_parallel and layout.tensor_parallel > 1,
+        context_parallel_size=layout.context_parallel,
+        recompute_granularity=None if layout.recompute == "none" else layout.recompute,
+        recompute_method=layout.recompute_method if layout.recompute == "full" else None,
+        recompute_num_layers=layout.recompute_layers if layout.recompute == "full" else None,
         use_cpu_initialization=on_cpu,
         deterministic_mode=training.deterministic,
         batch_p2p_comm=not interleaved,
@@ -187,6 +242,8 @@ def build_chunk(
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
+        if config.context_parallel_size > 1:
+            layer.submodules.self_attention.submodules.core_attention = GatheringAttention
         layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
         # Passed explicitly: with any package named apex megatron picks a norm that refuses RMSNorm.
         spec = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
@@ -213,18 +270,51 @@ def layer_offset(config: TransformerConfig, virtual_stage: int | None) -> int:
     return int(get_transformer_layer_offset(config, vp_stage=virtual_stage))
 
 
-def wrap_data_parallel(config: TransformerConfig, chunk: GPTModel, is_first: bool) -> DistributedDataParallel:
+def wrap_data_parallel(
+    config: TransformerConfig, chunk: GPTModel, is_first: bool, layout: ParallelLayout
+) -> DistributedDataParallel:
     """Wrap a chunk for gradient reduction with the distributed optimizer."""
-    wrapped = DistributedDataParallel(
+    return DistributedDataParallel(
         config=config,
         ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=layout.overlap_gradient_reduce,
+            overlap_param_gather=layout.overlap_parameter_gather,
+            bucket_size=layout.bucket_parameters or None,
+            use_distributed_optimizer=True,
         ),
         module=chunk,
         disable_bucketing=not is_first,
     )
+
+
+def connect_schedule(
+    config: TransformerConfig, chunks: Sequence[DistributedDataParallel], optimizer: Any, layout: ParallelLayout
+) -> None:
+    """Tell megatron's schedules how to scale a loss and when to reduce gradients, as Megatron-LM's training does.
+
+    With overlap a reduction starts in the backward pass of the last micro-batch; stages of a pipeline after the first
+    start theirs together, when they have nothing else to do. Gathering needs no more than the hooks of the wrapped
+    chunks.
+    """
+    config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
-    return wrapped
+    if layout.overlap_gradient_reduce:
+        waits = [chunk.no_sync for chunk in chunks]
+        starts = [chunk.start_grad_sync for chunk in chunks]
+        config.no_sync_func = waits if len(chunks) > 1 else waits[0]
+        config.grad_sync_func = starts if len(chunks) > 1 else starts[0]
+
+
+def complete_weights(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Have this rank hold the newest weights whole; collective over the replicas.
+
+    With `overlap_parameter_gather` an optimizer's step leaves each rank with its own part of them, and the next
+    forward pass gathers the others'. Whoever reads weights before that calls this first; otherwise it does nothing.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _without_warnings(build: Callable[..., Any], **options: Any) -> Any:
@@ -234,31 +324,61 @@ def _without_warnings(build: Callable[..., Any], **options: Any) -> Any:
         return build(**options)
 
 
-def build_optimizer(training: TrainingSettings, chunks: Sequence[DistributedDataParallel]) -> Any:
-    """Build the distributed Adam over a rank's chunks, its state filled with zeros."""
+def build_optimizer(
+    training: TrainingSettings,
+    chunks: Sequence[DistributedDataParallel],
+    frozen_steps: Mapping[torch.nn.Parameter, int] = MappingProxyType({}),
+) -> Any:
+    """Build the distributed Adam over a rank's chunks, its state filled with zeros.
+
+    Args:
+        frozen_steps: over how many steps from the first one a parameter keeps its bits; others are not in it.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.optim.swa_utils of megatron's import
-        optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=training.learning_rate,
-                weight_decay=training.weight_decay,
-                adam_beta1=training.adam_beta1,
-                adam_beta2=training.adam_beta2,
-                adam_eps=training.adam_eps,
-                clip_grad=training.gradient_clip,
-                bf16=training.precision == "bf16",
-                params_dtype=PRECISION_DTYPES[training.precision],
-                use_distributed_optimizer=True,
-            ),
-            list(chunks),
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            adam_beta1=training.adam_beta1,
+            adam_beta2=training.adam_beta2,
+            adam_eps=training.adam_eps,
+            clip_grad=training.gradient_clip,
+            bf16=training.precision == "bf16",
+            params_dtype=PRECISION_DTYPES[training.precision],
+            use_distributed_optimizer=True,
+            overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         )
+        groups = _parameter_groups(training, chunks, config, frozen_steps)
+        optimizer = get_megatron_optimizer(config, list(chunks), groups)
     for part in _parts(optimizer):
         if isinstance(part.optimizer, _TORCH_ADAMS):
             _prefill(part.optimizer)
         else:  # Transformer Engine's or Apex's, by megatron's own rule; never run yet
             part.init_state_fn(part.optimizer, part.config)
     return optimizer
+
+
+def _parameter_groups(
+    training: TrainingSettings,
+    chunks: Sequence[DistributedDataParallel],
+    config: OptimizerConfig,
+    frozen_steps: Mapping[torch.nn.Parameter, int],
+) -> dict[ParamKey, Any]:
+    """Return what groups of parameters have of their own: megatron's (norms do not decay), and those of a run.
+
+    A parameter takes what all its keys say. Transformer Engine's Adam counts steps for each group, so that parts
+    that thaw at the same step are one.
+    """
+    groups: dict[ParamKey, Any] = dict(get_standard_config_overrides(config))
+    for steps in sorted(set(frozen_steps.values())):
+        is_frozen = ParamPredicate(f"frozen {steps}", lambda each, steps=steps: frozen_steps.get(each) == steps)
+        groups[ParamKey(predicate=is_frozen)] = {"frozen_steps": steps}
+    if not training.decay_embeddings:
+        is_tied = any(chunk.module.share_embeddings_and_output_weights for chunk in chunks)
+        names = ("*.word_embeddings.weight", *(["*.output_layer.weight"] if is_tied else []))
+        groups[ParamKey(name=names)] = {"wd_mult": 0.0}
+    return groups
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float, weight_decay: float) -> None:
@@ -268,9 +388,16 @@ def set_learning_rate(optimizer: Any, learning_rate: float, weight_decay: float)
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
 
 
-def gradient_norm(optimizer: Any) -> float:
-    """Return the global norm of the gradients, which now lie in the optimizer in fp32; collective."""
+def gradient_norm(optimizer: Any, step: int) -> float:
+    """Return the global norm of the gradients, which now lie in the optimizer in fp32; collective.
+
+    What is frozen in the step, counted from 1, has none from here on: neither norm nor Adam sees it.
+    """
     optimizer.prepare_grads()
+    for group in optimizer.param_groups:
+        if step <= group.get("frozen_steps", 0):
+            for parameter in group["params"]:
+                parameter.grad = None
     return float(optimizer.get_grad_norm())
 
 
@@ -278,13 +405,58 @@ def apply_gradients(optimizer: Any, norm: float) -> None:
     """Clip the gradients by their global norm, step, and give the new weights to all replicas; collective.
 
     With `gradient_norm` before it this is the optimizer's own `step`, cut in two so that a step whose gradients
-    are no good can be left out.
+    are no good can be left out. Transformer Engine's Adam counts a step for groups without gradients as well, which
+    is taken back (never run yet).
     """
     for part in _parts(optimizer):
-        parameters = part.get_parameters()
+        parameters = [parameter for parameter in part.get_parameters() if parameter.grad is not None]
         if parameters:
             clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
     optimizer.step_with_ready_grads()
+    for part in _parts(optimizer):
+        for group in [] if isinstance(part.optimizer, _TORCH_ADAMS) else part.optimizer.param_groups:
+            if group["params"] and all(parameter.grad is None for parameter in group["params"]):
+                group["step"] -= 1
+
+
+def watch_local_gradients(chunks: Sequence[DistributedDataParallel], see: Callable[[int, Tensor], None]) -> None:
+    """Have each part of this rank's own gradients seen when it is complete, before replicas add theirs to it.
+
+    megatron starts the reduction of a group of buckets in one place, overlapped with the backward pass or not.
+
+    Args:
+        see: gets the part's number and its gradients; with overlap a part may come twice in the first step.
+    """
+
+    def watched(group: Any, first: int) -> Callable[..., Any]:
+        start = group.start_grad_sync
+
+        def start_grad_sync(*arguments: Any, **options: Any) -> Any:
+            for number, bucket in enumerate(group.buckets, first):
+                see(number, bucket.grad_data)
+            return start(*arguments, **options)
+
+        return start_grad_sync
+
+    count = 0
+    for chunk in chunks:
+        for group in chunk.bucket_groups:
+            group.start_grad_sync = watched(group, count)
+            count += len(group.buckets)
+
+
+def gather_over_replicas(values: Tensor) -> Tensor:
+    """Return every replica's values, [replicas, ...], in the order of `ranks_of_replicas`; collective."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    everyone = [torch.empty_like(values) for _ in range(group.size())]
+    torch.distributed.all_gather(everyone, values, group=group)
+    return torch.stack(everyone)
+
+
+def ranks_of_replicas() -> list[int]:
+    """Return the ranks that should hold the same weights as this one, itself included."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return list(torch.distributed.get_process_group_ranks(group))
 
 
 def run_schedule(
@@ -298,10 +470,15 @@ def run_schedule(
 ) -> list[Tensor]:
     """Run megatron's schedule (none, plain pipeline or interleaved) over a step's micro-batches.
 
+    The batches are whole sequences; of these a context-parallel rank computes its share.
+
     Returns:
         the loss of each micro-batch on the last stage, an empty list elsewhere.
     """
-    iterators = [iter(batches) for _ in chunks]
+    if forward_only:
+        complete_weights(chunks)
+    shares = [{name: context_share(part_BS) for name, part_BS in batch.items()} for batch in batches]
+    iterators = [iter(shares) for _ in chunks]
     results: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -351,6 +528,8 @@ class EpochOpener:
     """Opens an epoch of a shard: a GPTDataset of exactly one epoch, in the order of `sample_order`."""
 
     request: SampleRequest
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Prefixes to read in place of a shard's own, by which megatron calls its index files."""
 
     def __call__(self, folder: Path, prefix: str, epoch: int, *, is_built: bool) -> GPTDataset:
         """Open epoch `epoch` of the shard at `prefix`, with its indexes in `folder`."""
@@ -368,7 +547,7 @@ class EpochOpener:
             eod_mask_loss=False,
             create_attention_mask=False,
         )
-        documents = GPTDataset.build_low_level_dataset(prefix, config)
+        documents = GPTDataset.build_low_level_dataset(self.copies.get(prefix, prefix), config)
         numbers = None if is_built else np.arange(len(documents), dtype=np.int32)
         return _without_warnings(
             GPTDataset,
@@ -386,18 +565,22 @@ def blend(shards: NDArray[np.int16], samples: NDArray[np.int64], weights: NDArra
     helpers.build_blending_indices(shards, samples, weights, len(weights), len(shards), False)
 
 
-def build_datasets(request: SampleRequest, cache: Path) -> tuple[OrderedSamples, OrderedSamples | None]:
+def build_datasets(request: SampleRequest, cache: Path, copies: Mapping[str, str]) -> dict[str, OrderedSamples]:
     """Open the samples of each split in the order of `sample_order`; rank 0 builds the index, the others wait.
 
     Where `data.index` names a folder nothing is built. Collective where torch.distributed is initialized.
 
+    Args:
+        copies: prefixes of shards to read in place of their own.
+
     Returns:
-        (training, validation or None); an item has int64 `tokens`, `labels` and `position_ids` of sequence_length.
+        them by their split, as `request.sources` has them; an item has int64 `tokens`, `labels` and `position_ids` of
+        sequence_length.
 
     Raises:
         DataError: the index that was built ahead is not of these samples, or not whole.
     """
-    digests, open_epoch = request.digests(), EpochOpener(request)
+    digests, open_epoch = request.digests(), EpochOpener(request, copies)
     folder = Path(request.data.index) if request.data.index else cache
     is_distributed = torch.distributed.is_initialized()
     if not is_distributed or torch.distributed.get_rank() == 0:
@@ -408,11 +591,10 @@ def build_datasets(request: SampleRequest, cache: Path) -> tuple[OrderedSamples,
                 build_index(source, folder / name, digests[name], open_epoch, blend)
     if is_distributed:
         torch.distributed.barrier()
-    opened = {
+    return {
         name: OrderedSamples(source, folder / name, digests[name], open_epoch)
         for name, source in request.sources.items()
     }
-    return opened["train"], opened.get("validation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -460,30 +642,35 @@ def owned_ranges(chunks: Sequence[DistributedDataParallel], optimizer: Any) -> l
     return found
 
 
-def publish_weights(chunks: Sequence[DistributedDataParallel], optimizer: Any, step: int) -> None:
+def publish_weights(
+    chunks: Sequence[DistributedDataParallel], optimizer: Any, applied_after: Callable[[int], int]
+) -> None:
     """Make the model's weights those of the loaded master copies, on every data-parallel rank; collective.
 
     torch's Adam counts its steps for each parameter, Transformer Engine's for each group.
+
+    Args:
+        applied_after: how many of the steps done after a given one had their gradients applied.
     """
     with torch.no_grad():
         for part in _parts(optimizer):
             part._copy_main_params_to_model_params()
-            if isinstance(part.optimizer, _TORCH_ADAMS):
-                for values in part.optimizer.state.values():
-                    values["step"] = torch.tensor(float(step))
-            else:
-                for group in part.optimizer.param_groups:
+            for group in part.optimizer.param_groups:
+                step = applied_after(group.get("frozen_steps", 0))
+                if isinstance(part.optimizer, _TORCH_ADAMS):
+                    for parameter in group["params"]:
+                        part.optimizer.state[parameter]["step"] = torch.tensor(float(step))
+                else:
                     group["step"] = step
         for chunk in chunks:
             chunk.start_param_sync(force_sync=True)
 
 
 def broadcast_from_first_replica(parameter: Tensor) -> None:
-    """Give a parameter of the first data-parallel replica to the others; collective over each such group."""
-    if parallel_state.get_data_parallel_world_size() > 1:
-        torch.distributed.broadcast(
-            parameter, parallel_state.get_data_parallel_src_rank(), group=parallel_state.get_data_parallel_group()
-        )
+    """Give a parameter of the first replica to the others; collective over each such group."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if group.size() > 1:
+        torch.distributed.broadcast(parameter, torch.distributed.get_global_rank(group, 0), group=group)
 
 
 _TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)

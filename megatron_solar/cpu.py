@@ -31,6 +31,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     def create(*args: Any, **options: Any) -> Any:
         if str(options.get("device", "cpu")).startswith("cuda"):
             options["device"] = "cpu"
+        options.pop("pin_memory", None)
         return factory(*args, **options)
 
     return create
@@ -125,7 +126,7 @@ PATCHES = (
             owner=torch,
             attribute=name,
             replacement=_on_cpu,
-            reason='factories called with device="cuda"',
+            reason='factories called with device="cuda", and with memory pinned for a device',
         )
         for name in ("tensor", "zeros", "ones")
     ),

@@ -80,7 +80,7 @@ def export(
         "run": run_name,
         "step": checkpoint.step,
         "consumed_samples": checkpoint.facts.consumed_samples,
-        "consumed_tokens": checkpoint.step * plan.tokens_per_step,
+        "consumed_tokens": plan.consumed_tokens(checkpoint.step),
         "checkpoint": checkpoint.name,
         "checkpoint_files": to_plain(checkpoint.files),
         "data_fingerprint": checkpoint.facts.data_fingerprint,

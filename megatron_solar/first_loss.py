@@ -79,8 +79,7 @@ def _compare(plan: TrainingPlan, replica: Replica, evaluation: Evaluation) -> tu
     layout, device = plan.layout, plan.settings.cluster.device
     count, recorded_length = evaluation.result_losses.shape
     length = min(recorded_length, plan.settings.data.sequence_length)
-    if layout.sequence_parallel:
-        length -= length % layout.tensor_parallel
+    length -= length % layout.sequence_multiple
     rounds = layout.pipeline_parallel if layout.virtual_pipeline_parallel > 1 else 1
     at_once = layout.micro_batch_size * layout.data_parallel
     passes = -(-max(1, count // at_once) // rounds) * rounds
@@ -94,7 +93,8 @@ def _compare(plan: TrainingPlan, replica: Replica, evaluation: Evaluation) -> tu
         chunk.train()
     sums = torch.zeros(4, dtype=torch.float64)
     if compat.is_last_stage() and compat.tensor_rank() == 0:
-        recorded_BS = torch.cat([evaluation.result_losses[chosen, :length] for chosen in numbers]).double()
+        recorded_BS = torch.cat([evaluation.result_losses[chosen, :length] for chosen in numbers])
+        recorded_BS = compat.context_share(recorded_BS).double()
         found_BS = torch.cat(results).double().cpu()
         difference = (found_BS - recorded_BS).abs().sum()
         sums = torch.stack([recorded_BS.sum(), found_BS.sum(), difference, torch.tensor(float(found_BS.numel()))])

@@ -122,14 +122,14 @@ class HangWatch:
         if self._rank == 0:
             threading.Thread(target=self._look_for_newer, name="newer attempts", daemon=True).start()
 
-    def enter(self, phase: Phase, step: int) -> None:
+    def enter(self, phase: Phase, step: int | None) -> None:
         """Say what the main thread does from here on.
 
         Ranks meet in each step and nowhere else for certain, so that one that waits in a step may wait for another
         that still validates or saves.
 
         Args:
-            step: the last one that is done.
+            step: the last one that is done; None before the state is loaded.
         """
         limit = self._limits[phase]
         limit_of_waiting = max(limit, self._unsynchronized)

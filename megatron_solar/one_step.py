@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_solar import compat
 from megatron_solar.data import Samples
+from megatron_solar.evidence import Evidence
 from megatron_solar.replica import Replica
 from megatron_solar.stacks import waits_for_others
 from orchestrator.files import read_json
@@ -37,26 +38,46 @@ class StepResult:
     """Why a stop is asked for, or nothing."""
     data_seconds: float
     """How long this rank waited for samples."""
+    ranks_waiting: int
+    """How many ranks waited for theirs for longer than `data.wait_alarm_share` of the step up to its gradients."""
+    waiting_seconds: float
+    """How long these did, on average."""
+    is_applied: bool = True
+    """Whether the gradients are to be applied."""
 
 
 def compute_step(
-    plan: TrainingPlan, attempt: AttemptDirectory, replica: Replica, samples: Samples, step: int
+    plan: TrainingPlan, attempt: AttemptDirectory, replica: Replica, samples: Samples, evidence: Evidence, step: int
 ) -> StepResult:
     """Compute loss and gradients of the step after `step` from the weights as they are; collective.
 
-    The gradients lie in the optimizer, reduced over the ranks and not yet clipped.
+    The gradients lie in the optimizer, reduced over the ranks and not yet clipped. The evidence is of this step then.
     """
     layout, device = plan.layout, plan.settings.cluster.device
     started = time.monotonic()
-    batches = samples.micro_batches(samples.train, plan.consumed_samples(step), layout, layout.num_microbatches, device)
+    first, count = plan.consumed_samples(step), plan.num_microbatches(step + 1)
+    batches = samples.micro_batches(samples.train, first, layout, count, device)
     data_seconds = time.monotonic() - started
     for chunk in replica.chunks:
         chunk.zero_grad_buffer()
     replica.optimizer.zero_grad()
-    losses = compat.run_schedule(forward_step, replica.chunks, batches, layout, plan.settings.data.sequence_length)
-    loss, stop_reason = agree(losses, plan, attempt)
-    norm = compat.gradient_norm(replica.optimizer) if math.isfinite(loss) else math.nan
-    return StepResult(loss=loss, gradient_norm=norm, stop_reason=stop_reason, data_seconds=data_seconds)
+    evidence.begin()
+    forward = evidence.watched(forward_step)
+    losses = compat.run_schedule(forward, replica.chunks, batches, layout, plan.settings.data.sequence_length)
+    if device == "cuda":  # what is queued belongs to the step, and is waited for here or below; never run on a GPU
+        torch.cuda.synchronize()
+    is_late = data_seconds > plan.settings.data.wait_alarm_share * (time.monotonic() - started)
+    late = (1.0, data_seconds) if is_late else (0.0, 0.0)
+    loss, stop_reason, (late_ranks, late_seconds) = agree(losses, plan, attempt, late)
+    norm = compat.gradient_norm(replica.optimizer, step + 1) if math.isfinite(loss) else math.nan
+    return StepResult(
+        loss=loss,
+        gradient_norm=norm,
+        stop_reason=stop_reason,
+        data_seconds=data_seconds,
+        ranks_waiting=round(late_ranks),
+        waiting_seconds=late_seconds / max(1, late_ranks),
+    )
 
 
 def forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:
@@ -65,32 +86,40 @@ def forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:
     losses_BS = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
 
     def loss_function(output_BS: Tensor) -> tuple[Tensor, Tensor]:
-        # With pipelines megatron divides the first in place; the second is for the record.
+        # The first megatron multiplies by the ranks that share a sequence, and divides in place with pipelines; the
+        # second is for the record.
         loss = output_BS.float().mean()
-        return loss, loss.detach().clone()
+        return loss / compat.context_ranks(), loss.detach().clone()
 
     return losses_BS, loss_function
 
 
-def agree(losses: Sequence[Tensor], plan: TrainingPlan, attempt: AttemptDirectory) -> tuple[float, str]:
-    """Return the mean loss over the global batch and the reason of a stop request, the same on every rank."""
+def agree(
+    losses: Sequence[Tensor], plan: TrainingPlan, attempt: AttemptDirectory, own: Sequence[float]
+) -> tuple[float, str, list[float]]:
+    """Return the mean loss over the global batch, the reason of a stop request, and sums, the same on every rank.
+
+    Args:
+        own: this rank's part of the sums.
+    """
     asked = 0
     if torch.distributed.get_rank() == 0 and attempt.stop_request.exists():
         asked = STOP_REASONS.index(str(read_json(attempt.stop_request)["reason"])) + 1
-    loss, number = sum_over_ranks(share_of_mean(losses, plan), asked, plan)
-    return loss, STOP_REASONS[int(number) - 1] if number else ""
+    loss, number, *sums = sum_over_ranks([share_of_mean(losses, plan), asked, *own], plan)
+    return loss, STOP_REASONS[int(number) - 1] if number else "", sums
 
 
 def share_of_mean(losses: Sequence[Tensor], plan: TrainingPlan) -> float:
     """Return what this rank adds to the mean loss of a global batch: nothing, unless it holds the output."""
     if not (compat.is_last_stage() and compat.tensor_rank() == 0):
         return 0.0
-    return float(torch.stack(list(losses)).double().mean()) / plan.layout.data_parallel
+    return float(torch.stack(list(losses)).double().mean()) / plan.layout.weight_replicas
 
 
 @waits_for_others
-def sum_over_ranks(first: float, second: float, plan: TrainingPlan) -> tuple[float, float]:
-    """Add two numbers over all ranks in one small all-reduce."""
-    numbers = torch.tensor([first, second], dtype=torch.float64).to(plan.settings.cluster.device)
+def sum_over_ranks(own: Sequence[float], plan: TrainingPlan) -> list[float]:
+    """Add some numbers over all ranks in one small all-reduce."""
+    numbers = torch.tensor(own, dtype=torch.float64).to(plan.settings.cluster.device)
     torch.distributed.all_reduce(numbers)
-    return float(numbers[0]), float(numbers[1])
+    found: list[float] = numbers.tolist()
+    return found

@@ -13,7 +13,6 @@ from megatron_solar.sample_order import index_problem
 from megatron_solar.sample_request import SampleRequest
 from orchestrator.errors import DataError, OrchestrateError
 from orchestrator.files import read_json
-from orchestrator.tokenize.manifest import read_manifest
 
 REQUEST = "request.json"
 
@@ -69,21 +68,23 @@ def expected_size(request: SampleRequest) -> tuple[int, int]:
 
     A blend may give a shard a sample more or less than its share, and so an epoch.
     """
-    folders = [Path(folder) for folder in (*request.data.train, *request.data.validation)]
     documents = {
-        str(folder / shard.name): shard.documents for folder in folders for shard in read_manifest(folder).shards
+        str(Path(folder) / shard.name): shard.documents
+        for folder, manifest in request.manifests.items()
+        for shard in manifest.shards
     }
     files, size = 1, 0
     for source in request.sources.values():
         files += 1
-        shares = [1.0]
         if len(source.prefixes) > 1:
             files += 2
             size += source.samples * (2 + 8) + 2 * _NUMPY_HEADER_BYTES
-            weights = source.weights or source.epoch_samples
-            shares = [weight / sum(weights) for weight in weights]
-        for prefix, share, samples in zip(source.prefixes, shares, source.epoch_samples, strict=True):
-            epochs = -(-round(source.samples * share) // samples)
+        read = [0.0] * len(source.prefixes)
+        for phase, end in source.phases():
+            for shard, weight in zip(phase.shards, phase.weights, strict=True):
+                read[shard] += (end - phase.first_sample) * weight / sum(phase.weights)
+        for prefix, count, samples in zip(source.prefixes, read, source.epoch_samples, strict=True):
+            epochs = -(-round(count) // samples)
             arrays = 4 * documents[prefix] + 8 * (samples + 1) + 4 * samples + 3 * _NUMPY_HEADER_BYTES
             files += _FILES_AN_EPOCH * epochs
             size += epochs * (arrays + _DESCRIPTION_BYTES)

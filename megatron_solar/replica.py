@@ -11,6 +11,7 @@ import torch
 
 from megatron_solar import compat
 from megatron_solar.checkpoint import OwnedPiece, owned_pieces
+from megatron_solar.frozen import frozen_parameters
 from megatron_solar.model_folder import open_base
 from megatron_solar.weight_files import require_finite
 from megatron_solar.weights import (
@@ -60,7 +61,7 @@ def build_replica(plan: TrainingPlan, source: WeightSource | None, *, is_filled_
     """Build this rank's chunks and optimizer; collective.
 
     Args:
-        source: of the first data-parallel replica; the others have none.
+        source: of the first replica of the weights; the others have none.
         is_filled_later: whether the weights wait for a checkpoint.
     """
     settings, layout = plan.settings, plan.layout
@@ -79,9 +80,9 @@ def build_replica(plan: TrainingPlan, source: WeightSource | None, *, is_filled_
             fill(chunk, source, settings.model, offsets[index], layout.tensor_parallel)
         if settings.training.precision == "bf16":
             chunk.bfloat16()
-        chunks.append(compat.wrap_data_parallel(config, chunk, index == 0))
-    optimizer = compat.build_optimizer(settings.training, chunks)
-    config.grad_scale_func = optimizer.scale_loss
+        chunks.append(compat.wrap_data_parallel(config, chunk, index == 0, layout))
+    optimizer = compat.build_optimizer(settings.training, chunks, frozen_parameters(settings, chunks, offsets))
+    compat.connect_schedule(config, chunks, optimizer, layout)
     peak = settings.cluster.peak_tflops
     return Replica(
         chunks=chunks,
@@ -101,7 +102,7 @@ def fill(
 ) -> None:
     """Set every parameter of a chunk, this tensor-parallel rank's part of each; collective.
 
-    The first data-parallel replica reads the source, tensor after tensor, and gives it to the others.
+    The first replica reads the source, tensor after tensor, and gives it to the others.
 
     Raises:
         ModelFolderError: a tensor of another shape than the parameter, or with values that are no numbers.

@@ -1,6 +1,8 @@
 """The state of a run on disk, as its ranks see it: what they begin from, and what they save."""
 
+import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ from megatron_solar import compat
 from megatron_solar.checkpoint import CheckpointWriter, disk_full, load_newest
 from megatron_solar.data import Samples
 from megatron_solar.replica import Replica, build_replica, weight_source
+from megatron_solar.stacks import waits_for_others
 from megatron_solar.telling import EventWriter
 from orchestrator.checkpoints import (
+    DAMAGED,
     MARKER,
     VISIBLE_SECONDS,
     Checkpoint,
@@ -29,6 +33,19 @@ from orchestrator.events import DamageEvent, SaveEvent
 from orchestrator.files import free_room
 from orchestrator.plan import TrainingPlan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
+from orchestrator.spikes import skipped_steps
+
+MARK_SECONDS = 120.0
+"""How long the supervisor may take to mark a checkpoint that all ranks have written, before an older one is taken."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """What a checkpoint keeps of the steps before it, besides weights and optimizer; see `CheckpointFacts`."""
+
+    skipped: tuple[tuple[int, int], ...]
+    recent_losses: tuple[float, ...]
+    recent_norms: tuple[float, ...]
 
 
 def build_or_load(
@@ -46,19 +63,33 @@ def build_or_load(
     existing = agreed_checkpoints(run, tell)
     if not existing:
         # One replica reads the base, the others get their weights from it.
-        return build_replica(plan, weight_source(plan) if compat.data_rank() == 0 else None), None
+        return build_replica(plan, weight_source(plan) if compat.replica_rank() == 0 else None), None
     newest = existing[-1]
-    found = foreign(newest.facts, plan.settings.model, samples.tokenizer_sha256, samples.fingerprint)
+    fingerprint = samples.request.fingerprint_at(newest.facts.consumed_samples)
+    found = foreign(newest.facts, plan.settings.model, samples.request.tokenizer_sha256, fingerprint)
     if found:
         raise CheckpointError(f"checkpoint {newest.name} is not of this run's model and data:", found)
     replica = build_replica(plan, None, is_filled_later=True)
+    return replica, load_state(existing, replica, tell)
+
+
+def load_state(candidates: Sequence[Checkpoint], replica: Replica, tell: EventWriter) -> Checkpoint:
+    """Fill weights and optimizer from the newest whole checkpoint of some, the newest last; collective.
+
+    Raises:
+        CheckpointError: none of them is whole.
+    """
 
     def on_damage(checkpoint: Checkpoint, problems: list[str]) -> None:
         tell(DamageEvent(time=time.time(), step=checkpoint.step, name=checkpoint.name, problems=tuple(problems)))
 
-    loaded = load_newest(existing, replica.pieces, on_damage)
-    compat.publish_weights(replica.chunks, replica.optimizer, loaded.step)
-    return replica, loaded
+    loaded = load_newest(candidates, replica.pieces, on_damage)
+
+    def applied_after(step: int) -> int:
+        return max(0, loaded.step - step) - skipped_steps(loaded.facts.skipped, step)
+
+    compat.publish_weights(replica.chunks, replica.optimizer, applied_after)
+    return loaded
 
 
 def save_state(
@@ -70,6 +101,7 @@ def save_state(
     writer: CheckpointWriter,
     tell: EventWriter,
     step: int,
+    trajectory: Trajectory,
 ) -> None:
     """Have a checkpoint of a step written; the supervisor marks it as complete when all ranks have."""
     started = time.monotonic()
@@ -86,9 +118,12 @@ def save_state(
             step=step,
             name=name,
             consumed_samples=plan.consumed_samples(step),
-            data_fingerprint=samples.fingerprint,
-            tokenizer_sha256=samples.tokenizer_sha256,
+            data_fingerprint=samples.request.fingerprint_at(plan.consumed_samples(step)),
+            tokenizer_sha256=samples.request.tokenizer_sha256,
             stall_seconds=time.monotonic() - started,
+            skipped=trajectory.skipped,
+            recent_losses=trajectory.recent_losses,
+            recent_norms=trajectory.recent_norms,
         )
     )
 
@@ -126,3 +161,13 @@ def agreed_checkpoints(run: RunDirectory, tell: EventWriter) -> list[Checkpoint]
     while not all((run.checkpoint_path(name) / MARKER).exists() for name in names) and time.monotonic() < deadline:
         time.sleep(0.5)
     return [read_checkpoint(run.checkpoint_path(name)) for name in names]
+
+
+@waits_for_others
+def wait_for_marker(path: Path) -> None:
+    """Wait until the supervisor has judged the newest checkpoint; rank 0 does, whose word the others wait for."""
+    deadline = time.monotonic() + MARK_SECONDS
+    while torch.distributed.get_rank() == 0 and time.monotonic() < deadline:
+        if not path.exists() or (path / MARKER).exists() or (path / DAMAGED).exists():
+            return
+        time.sleep(0.05)

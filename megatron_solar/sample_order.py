@@ -6,6 +6,9 @@ documents of all epochs asked for in one go, so that a prolonged run would read 
 others never. Over shards the next sample comes from the one furthest behind its weight; that choice
 looks back only, so a longer order begins with the shorter one.
 
+In phases (`data.phases`) the choice begins anew with each, among the phase's shards by its weights; a shard that was
+read before goes on with its next sample, so that none is lost, and none comes again before all others of its epoch.
+
 What is left below one sequence at the end of a shard's epoch is not read in that epoch: at most
 sequence_length tokens, others in each epoch since the documents are shuffled.
 
@@ -35,8 +38,6 @@ from numpy.typing import NDArray
 
 from orchestrator.errors import DataError, OrchestrateError
 from orchestrator.files import read_json, sync_folder, write_json
-from orchestrator.settings import DataSettings
-from orchestrator.tokenize.manifest import DatasetManifest
 
 ORDER = 2
 """Raised when the order changes: a checkpoint of another order must not go on with this one."""
@@ -50,27 +51,69 @@ COUNT_AT_ONCE = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BlendPhase:
+    """Which shards are read from a sample on, and how much of each."""
+
+    first_sample: int
+    shards: tuple[int, ...]
+    """Their numbers in the source, in the order in which the phase names them: of equal ones the first is next."""
+    weights: tuple[float, ...]
+    """Shares of the phase's samples, of any sum, each above zero."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BlendSource:
     """Shards of one split, with their weights and what is wanted of them."""
 
     prefixes: tuple[str, ...]
+    """The first phase's shards, then those that only later ones read."""
     weights: tuple[float, ...] | None
-    """Shares of the samples, of any sum; None means in proportion to `epoch_samples`."""
+    """Shares of the first phase's samples, of any sum; None means in proportion to `epoch_samples`."""
     epoch_samples: tuple[int, ...]
     """Samples in one epoch of each shard, at least one."""
     samples: int
     """Samples wanted, over all epochs."""
+    later_phases: tuple[BlendPhase, ...] = ()
+    """In their order."""
+
+    def phases(self) -> tuple[tuple[BlendPhase, int], ...]:
+        """Return each phase of which samples are wanted, with the sample before which it ends."""
+        weights = self.weights or tuple(map(float, self.epoch_samples))
+        first = BlendPhase(first_sample=0, shards=tuple(range(len(weights))), weights=weights)
+        phases = [first, *self.later_phases]
+        ends = [*(min(phase.first_sample, self.samples) for phase in self.later_phases), self.samples]
+        return tuple(
+            (phase, end) for phase, end in zip(phases, ends, strict=True) if phase.first_sample < end or phase is first
+        )
 
 
-def data_fingerprint(data: DataSettings, manifests: Sequence[DatasetManifest], seed: int) -> str:
-    """Return what decides which sample has which number, as one SHA-256."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhaseFacts:
+    """What decides the order of the samples in a phase."""
+
+    first_sample: int
+    data_sets: tuple[str, ...]
+    """Fingerprints."""
+    weights: tuple[float, ...]
+    """As they were given; empty means in proportion to the data sets' samples."""
+
+
+def history_fingerprint(phases: Sequence[PhaseFacts], consumed_samples: int, *, sequence_length: int, seed: int) -> str:
+    """Return what decides which sample has which number among the first `consumed_samples`, as one SHA-256.
+
+    A phase of which no sample was read yet is no part of it; the first is always.
+    """
+    first, *later = phases
     facts = {
         "order": ORDER,
-        "train": [manifest.fingerprint for manifest in manifests],
-        "weights": list(data.weights),
-        "sequence_length": data.sequence_length,
+        "train": list(first.data_sets),
+        "weights": list(first.weights),
+        "sequence_length": sequence_length,
         "seed": seed,
     }
+    begun = [phase for phase in later if phase.first_sample < consumed_samples]
+    if begun:  # without phases the fingerprint is that of versions before they were there
+        facts["phases"] = [dataclasses.asdict(phase) for phase in begun]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -91,9 +134,12 @@ def request_digest(source: BlendSource, *, sequence_length: int, seed: int, toke
     Raises:
         FileNotFoundError: a shard is not there.
     """
+    described = dataclasses.asdict(source)
+    if not source.later_phases:  # an index of a version without phases is still good
+        del described["later_phases"]
     facts = {
         "order": ORDER,
-        "source": dataclasses.asdict(source),
+        "source": described,
         "bytes": [[Path(f"{prefix}{end}").stat().st_size for end in (".bin", ".idx")] for prefix in source.prefixes],
         "sequence_length": sequence_length,
         "seed": seed,
@@ -184,6 +230,16 @@ class SamplePlaces:
             shard, sample = int(self._blend[0][number]), int(self._blend[1][number])
         return shard, *divmod(sample, self._source.epoch_samples[shard])
 
+    def count(self, first: int, end: int) -> NDArray[np.int64]:
+        """Return how many of the samples from `first` to below `end` each shard gives, as the index has them."""
+        if self._blend is None:
+            return np.array([end - first])
+        shards = len(self._source.prefixes)
+        found = np.zeros(shards, dtype=np.int64)
+        for start in range(first, end, COUNT_AT_ONCE):
+            found += np.bincount(self._blend[0][start : min(start + COUNT_AT_ONCE, end)], minlength=shards)
+        return found
+
 
 class OrderedSamples:
     """The samples of one split by number.
@@ -229,7 +285,7 @@ class OrderedSamples:
 def _blended_counts(source: BlendSource, folder: Path, blend: Blend) -> Sequence[int]:
     """Write the blend of several shards, and return how many samples each shard gives."""
     count = len(source.prefixes)
-    if count == 1:
+    if count == 1:  # a later phase has the same shard
         return [source.samples]
     if count > LARGEST_BLEND:
         raise DataError(
@@ -237,14 +293,21 @@ def _blended_counts(source: BlendSource, folder: Path, blend: Blend) -> Sequence
         )
     shards = np.zeros(source.samples, dtype=np.int16)
     samples = np.zeros(source.samples, dtype=np.int64)
-    weights = np.array(source.weights or source.epoch_samples, dtype=np.float64)
-    blend(shards, samples, weights / weights.sum())
+    read = np.zeros(count, dtype=np.int64)
+    for phase, end in source.phases():
+        weights = np.array(phase.weights, dtype=np.float64)
+        part = slice(phase.first_sample, end)
+        blend(shards[part], samples[part], weights / weights.sum())
+        before = read.copy()
+        numbers = np.array(phase.shards, dtype=np.int16)
+        for start in range(phase.first_sample, end, COUNT_AT_ONCE):  # what numpy makes of it are copies in int64
+            piece = slice(start, min(start + COUNT_AT_ONCE, end))
+            shards[piece] = numbers[shards[piece]]
+            samples[piece] += before[shards[piece]]
+            read += np.bincount(shards[piece], minlength=count)
     np.save(folder / BLEND_SHARDS, shards)
     np.save(folder / BLEND_SAMPLES, samples)
-    counts = np.zeros(count, dtype=np.int64)
-    for start in range(0, source.samples, COUNT_AT_ONCE):  # bincount works on a copy in int64
-        counts += np.bincount(shards[start : start + COUNT_AT_ONCE], minlength=count)
-    return [int(number) for number in counts]
+    return [int(number) for number in read]
 
 
 def _record(folder: Path) -> Mapping[str, Any]:

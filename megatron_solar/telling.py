@@ -35,8 +35,14 @@ def earlier_attempts(run: RunDirectory, attempt: AttemptDirectory) -> list[Earli
                 before = read_plan(other.plan) if other.plan.exists() else None
             except OrchestrateError:  # another version's plan; its attempt cannot be compared
                 before = None
-            steps = {event.step: event.loss for _, event in read_events(other.events) if isinstance(event, StepEvent)}
-            found.append(EarlierAttempt(plan=before, losses=steps))
+            steps = [event for _, event in read_events(other.events) if isinstance(event, StepEvent)]
+            found.append(
+                EarlierAttempt(
+                    plan=before,
+                    losses={event.step: event.loss for event in steps},
+                    skipped=frozenset(event.step for event in steps if event.is_skipped),
+                )
+            )
     return found
 
 
@@ -62,4 +68,5 @@ def step_event(
         tokens_per_second_per_gpu=per_gpu,
         tflops_per_gpu=tflops,
         mfu=tflops / replica.peak_tflops,
+        is_skipped=not result.is_applied,
     )

@@ -2,24 +2,26 @@
 
 A step: read micro-batches by sample number, run megatron's schedule, let all ranks agree on loss and
 stop request in one small all-reduce, step the optimizer, tell. A save begins at a step boundary on
-which all ranks agree, never in a signal handler, and is written while training goes on. A loss that is
-not finite ends the run before the optimizer has seen it.
+which all ranks agree, never in a signal handler, and is written while training goes on. What is not finite
+or out of the ordinary is computed again, and decided on, before the optimizer has seen it (`step_guard.py`).
 """
 
 import functools
-import math
 import time
 
 import torch.distributed
 
 from megatron_solar import compat
 from megatron_solar.checkpoint import CheckpointWriter
-from megatron_solar.data import open_samples
+from megatron_solar.data import samples_of_run
+from megatron_solar.data_waits import DataWaits
 from megatron_solar.first_loss import check_first_loss
 from megatron_solar.hang_watch import HangWatch, Phase, connection_seconds
-from megatron_solar.one_step import compute_step
+from megatron_solar.profiling import StepTraces
+from megatron_solar.rank_times import RankTimes, hosts_of_ranks
+from megatron_solar.replica_check import ReplicaCheck
 from megatron_solar.run_state import build_or_load, save_state
-from megatron_solar.sample_request import validation_passes
+from megatron_solar.step_guard import StepGuard
 from megatron_solar.telling import EventWriter, earlier_attempts, step_event
 from megatron_solar.validation import validate
 from orchestrator.events import FLOPS_CONVENTION, EndEvent, StartEvent
@@ -27,10 +29,6 @@ from orchestrator.plan import TrainingPlan
 from orchestrator.repeats import RepeatedSteps, recorded_losses
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.schedule import learning_rate
-
-
-class NotFiniteError(ArithmeticError):
-    """The loss or the gradient norm is NaN or infinite."""
 
 
 def train(
@@ -47,14 +45,7 @@ def train(
     device = settings.cluster.device
     compat.initialize_parallel(layout, settings.training.seed, timeout_seconds=connection_seconds(settings.patience))
     tell = EventWriter(attempt)
-    samples = open_samples(
-        settings.data,
-        settings.model,
-        seed=settings.training.seed,
-        training_samples=plan.consumed_samples(plan.total_steps),
-        validation_samples=validation_passes(plan) * layout.micro_batch_size * layout.data_parallel,
-        cache=run.data_index,
-    )
+    samples = samples_of_run(run, plan, functools.partial(watch.enter, Phase.START, None), tell)
     replica, loaded = build_or_load(run, plan, samples, tell)
     if loaded is None and settings.training.check_first_loss:
         check_first_loss(plan, replica, tell)
@@ -79,37 +70,49 @@ def train(
     writer = CheckpointWriter(torch.distributed.get_rank(), watch.saving)
     save = functools.partial(save_state, run, attempt, plan, replica, samples, writer, tell)
     held_out = functools.partial(validate, plan, replica, samples, tell)
+    hosts = hosts_of_ranks()
+    guard = StepGuard(run, attempt, plan, replica, samples, writer, hosts, tell, watch, loaded)
+    check_replicas = ReplicaCheck(plan, replica, hosts, tell)
+    rank_times = RankTimes(plan, hosts, tell)
+    data_waits = DataWaits(tell)
+    traces = StepTraces(plan, attempt, tell)
     repeats = RepeatedSteps(recorded_losses(earlier_attempts(run, attempt), plan, step), step, tell)
     if loaded is None:
-        save(step)  # before anything else, so that no later attempt reads the base again
+        save(step, guard.at_save(step))  # before anything else, so that no later attempt reads the base again
         held_out(step)
 
     stop_reason = ""
     while step < plan.total_steps and not stop_reason:
         writer.check()
+        traces.before(step + 1)
         step_started = time.monotonic()
-        result = compute_step(plan, attempt, replica, samples, step)
+        with rank_times.measuring(step + 1):
+            result = guard.compute(step)
         stop_reason = result.stop_reason
-        if not math.isfinite(result.loss):
-            raise NotFiniteError(f"the loss of step {step + 1} is {result.loss}; the weights are those of step {step}")
-
         rate = learning_rate(settings.training, step + 1, plan.total_steps)
         compat.set_learning_rate(replica.optimizer, rate, settings.training.weight_decay)
-        compat.apply_gradients(replica.optimizer, result.gradient_norm)
+        if result.is_applied:
+            compat.apply_gradients(replica.optimizer, result.gradient_norm)
         step += 1
         tell(step_event(plan, replica, step, result, rate, time.monotonic() - step_started))
-        repeats.compare(step, result.loss)
+        repeats.compare(step, result.loss, is_skipped=not result.is_applied)
+        data_waits.after(step, result, time.monotonic() - step_started)
+        is_saving = step == plan.total_steps or bool(stop_reason) or step % settings.checkpoint.interval_steps == 0
+        check_replicas(step, is_saving=is_saving)
 
         if step == plan.total_steps or step % settings.training.validation_interval_steps == 0:
             watch.enter(Phase.VALIDATION, step)
             held_out(step)
-        if step == plan.total_steps or stop_reason or step % settings.checkpoint.interval_steps == 0:
+        if is_saving:
             watch.enter(Phase.SAVE, step)
-            save(step)
+            save(step, guard.at_save(step))
+        traces.after(step)
         watch.enter(Phase.STEP, step)
+    traces.finish(step)
     watch.enter(Phase.SAVE, step)
     writer.wait()
     repeats.finish()
+    data_waits.finish(step)
     reason = "finished" if step == plan.total_steps else stop_reason
     tell(EndEvent(time=time.time(), step=step, reason=reason))
     return reason

@@ -72,6 +72,7 @@ def megatron_logits(plan: TrainingPlan, checkpoint: Checkpoint, tokens_BS: torch
         pipeline_parallel=1,
         virtual_pipeline_parallel=1,
         sequence_parallel=False,
+        context_parallel=1,
         data_parallel=1,
     )
     with cuda_calls_on_cpu():

@@ -22,16 +22,31 @@ from megatron_solar.failures import record_failure
 from megatron_solar.hang_watch import HangWatch, connection_seconds
 from megatron_solar.stacks import waits_for_others
 from orchestrator import exit_codes
-from orchestrator.errors import CheckpointError, ConfigError, DataError, DiskFullError, ModelFolderError
+from orchestrator.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DiskFullError,
+    HardwareError,
+    ModelFolderError,
+    NotFiniteError,
+    NumericsError,
+    SpikeError,
+)
 from orchestrator.files import is_full, read_json, write_json
 from orchestrator.packages import package_versions
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.run_directory import FILE_MASK, AttemptDirectory, RunDirectory
 
 NEEDS_LESS = (
-    "less memory is needed with a smaller layout.micro_batch_size, or with more layout.tensor_parallel or "
-    "layout.pipeline_parallel"
+    "less memory is needed with a smaller layout.micro_batch_size, with layout.recompute=full, or with more "
+    "layout.tensor_parallel, layout.context_parallel or layout.pipeline_parallel"
 )
+NUMERICS_CODES: dict[type[NumericsError], int] = {
+    HardwareError: exit_codes.HARDWARE,
+    SpikeError: exit_codes.SPIKE,
+    NotFiniteError: exit_codes.NOT_FINITE,
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -155,6 +170,7 @@ def _record_failure(attempt: AttemptDirectory, rank: int, error: BaseException, 
         error=type(error).__name__,
         message="; ".join(filter(None, [str(error), NEEDS_LESS if code == exit_codes.OUT_OF_MEMORY else ""])),
         traceback="".join(traceback.format_exception(error)),
+        more={"blamed": {"ranks": error.ranks, "hosts": error.hosts}} if isinstance(error, HardwareError) else None,
     )
 
 
@@ -175,8 +191,8 @@ def _exit_code(error: BaseException) -> int:
         return exit_codes.BAD_DATA
     if isinstance(error, ConfigError | ModelFolderError):
         return exit_codes.BAD_CONFIG
-    if type(error).__name__ == "NotFiniteError":
-        return exit_codes.NOT_FINITE
+    if isinstance(error, NumericsError):
+        return next(code for kind, code in NUMERICS_CODES.items() if isinstance(error, kind))
     return exit_codes.OUT_OF_MEMORY if _is_out_of_memory(error) else exit_codes.EXCEPTION
 
 

@@ -41,7 +41,7 @@ def attempt_record(
         checking=checking,
         events=[event for _, event in read_events(attempt.events)],
         saved_step=saved_step,
-        tokens_per_step=plan.tokens_per_step,
+        consumed_tokens=plan.consumed_tokens,
         gpus=plan.layout.world_size,
         spare_gpus=spare_nodes * plan.settings.cluster.ranks_per_node,
         ended=ended,

@@ -69,13 +69,12 @@ def changes_between(before: RunSettings, after: RunSettings) -> list[Change]:
     return found
 
 
-def change_problems(
-    changes: Sequence[Change], *, is_same_data: bool = False, own_fields: Sequence[str] = ()
-) -> list[str]:
+def change_problems(changes: Sequence[Change], *, other_data: str = "", own_fields: Sequence[str] = ()) -> list[str]:
     """Return every change that a run cannot take up, each with the reason.
 
     Args:
-        is_same_data: whether the data sets are those of before, wherever they lie now.
+        other_data: why the samples that were read are not those of the changed plan; nothing where they are, wherever
+            the data sets lie now and whatever comes later.
         own_fields: fixed fields that may differ nevertheless.
     """
     problems = []
@@ -84,10 +83,8 @@ def change_problems(
             section = change.field.partition(".")[0]
             why = _WHY_FIXED.get(change.field) or _WHY_FIXED.get(section, "another value is another run")
             problems.append(f"{change.describe()}: fixed for ever, since {why}")
-        if change.rule == Rule.PHASE and not is_same_data:
-            problems.append(
-                f"{change.describe()}: other data needs a phase of its own (`data.phases`), which is not there yet"
-            )
+        if change.rule == Rule.PHASE and other_data:
+            problems.append(f"{change.describe()}: {other_data}")
     return problems
 
 
@@ -103,4 +100,6 @@ def _flat(value: object, path: str = "") -> dict[str, Any]:
 def _shown(value: object) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_shown, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)

@@ -148,6 +148,9 @@ class CheckpointKeeper:
             validation_loss=self._losses.get(save.step),
             code_version=VERSION,
             written=time.time(),
+            skipped=tuple((first, last) for first, last in save.skipped),
+            recent_losses=tuple(save.recent_losses),
+            recent_norms=tuple(save.recent_norms),
         )
         checkpoint = mark_complete(path, facts, parts)
         slowest = max(parts, key=lambda part: part.write_seconds)

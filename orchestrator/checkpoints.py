@@ -102,6 +102,11 @@ class CheckpointFacts:
     code_version: str
     written: float
     """Unix time of the marker."""
+    skipped: tuple[tuple[int, int], ...] = ()
+    """First and last step of each span whose gradients the weights do not have; Adam counted none of these steps."""
+    recent_losses: tuple[float, ...] = ()
+    """Of the newest steps that were applied, with which the next steps' are compared."""
+    recent_norms: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,11 +205,13 @@ def mark_complete(path: Path, facts: CheckpointFacts, parts: Sequence[RankPart])
 
 def write_marker(path: Path, facts: CheckpointFacts, files: dict[str, FileFacts]) -> None:
     """Write the marker, which makes a folder a checkpoint."""
-    write_json(path / MARKER, to_plain(_Marker(facts=facts, files=files, sha256=_marker_sum(facts, files))))
+    sha256 = _marker_sum(to_plain(facts), to_plain(files))
+    write_json(path / MARKER, to_plain(_Marker(facts=facts, files=files, sha256=sha256)))
 
 
-def _marker_sum(facts: CheckpointFacts, files: dict[str, FileFacts]) -> str:
-    return hashlib.sha256(json.dumps([to_plain(facts), to_plain(files)], sort_keys=True).encode()).hexdigest()
+def _marker_sum(facts: object, files: object) -> str:
+    """Return the sum of what was written, which in an older version may have been fewer facts."""
+    return hashlib.sha256(json.dumps([facts, files], sort_keys=True).encode()).hexdigest()
 
 
 def merge_tensors(parts: Sequence[RankPart]) -> dict[str, StoredTensor]:
@@ -260,7 +267,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not (path / MARKER).exists():
         raise CheckpointError(f"{path} was never completed (no {MARKER} in it); use an earlier checkpoint")
     marker = _decode(_Marker, path / MARKER)
-    is_itself = marker.sha256 == _marker_sum(marker.facts, marker.files)
+    written = read_json(path / MARKER)
+    is_itself = marker.sha256 == _marker_sum(written["facts"], written["files"])
     if not is_itself or (marker.facts.step, marker.facts.attempt) != parse_name(path.name):
         raise CheckpointError(f"{path / MARKER} is damaged: it is not what was written; use an earlier checkpoint")
     return Checkpoint(path=path, facts=marker.facts, files=marker.files)
@@ -423,8 +431,9 @@ def foreign(facts: CheckpointFacts, model: TransformerShape, tokenizer_sha256: s
         )
     elif facts.data_fingerprint != data_fingerprint:
         found.append(
-            f"it was trained on data {facts.data_fingerprint[:12]}, the data sets are now {data_fingerprint[:12]}; "
-            "put the data sets back as they were"
+            f"its {facts.consumed_samples} samples are those of data {facts.data_fingerprint[:12]}, the run's first "
+            f"{facts.consumed_samples} would be of {data_fingerprint[:12]}; put the data sets back as they were, and "
+            "have others follow as a phase (`data.phases`)"
         )
     return found
 

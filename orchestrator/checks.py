@@ -3,10 +3,13 @@
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 from orchestrator.layout import ParallelLayout, splits_groups
 from orchestrator.model_shape import choose, divisors
-from orchestrator.settings import ClusterSettings, RunSettings, SlurmSettings
+from orchestrator.schedule_checks import schedule_problems
+from orchestrator.settings import ClusterSettings, NumericsSettings, RunSettings, SlurmSettings
+from orchestrator.traced_steps import profile_problems
 from orchestrator.units import format_bytes
 
 
@@ -19,9 +22,18 @@ def build_layout(settings: RunSettings) -> ParallelLayout:
         pipeline_parallel=chosen.pipeline_parallel,
         virtual_pipeline_parallel=chosen.virtual_pipeline_parallel,
         sequence_parallel=chosen.sequence_parallel,
+        context_parallel=chosen.context_parallel,
         micro_batch_size=chosen.micro_batch_size,
         global_batch_size=chosen.global_batch_size,
-        data_parallel=max(1, ranks // max(1, chosen.tensor_parallel * chosen.pipeline_parallel)),
+        data_parallel=max(
+            1, ranks // max(1, chosen.tensor_parallel * chosen.context_parallel * chosen.pipeline_parallel)
+        ),
+        overlap_gradient_reduce=chosen.overlap_gradient_reduce,
+        overlap_parameter_gather=chosen.overlap_parameter_gather,
+        bucket_parameters=chosen.bucket_parameters,
+        recompute=chosen.recompute,
+        recompute_method=chosen.recompute_method,
+        recompute_layers=chosen.recompute_layers,
     )
 
 
@@ -33,17 +45,21 @@ def settings_problems(settings: RunSettings) -> list[str]:
         *shape_problems,
         *_data_problems(settings),
         *_training_problems(settings),
+        *_numerics_problems(settings.numerics),
         *_cluster_problems(settings),
         *_secret_problems(settings),
     ]
     grid_problems = _grid_problems(settings)
     found += grid_problems
+    layout = None
     if not shape_problems and not grid_problems and settings.data.sequence_length > 0:
         layout = build_layout(settings)
         cluster = settings.cluster
         # Links between GPUs of a node are why tensor parallelism stays in one; between CPU ranks there are none.
         within = cluster.ranks_per_node if cluster.device == "cuda" else layout.world_size
         found += layout.problems(settings.model, settings.data.sequence_length, within)
+        found += profile_problems(settings.profile, layout.world_size)
+    found += schedule_problems(settings, layout)
     return found
 
 
@@ -61,27 +77,37 @@ def _data_problems(settings: RunSettings) -> list[str]:
             f"data.sequence_length={data.sequence_length} should be between 1 and "
             f"model.max_position_embeddings={settings.model.max_position_embeddings}"
         )
-    if not data.train:
-        found.append("data.train names no data set; give the folder that `orchestrate tokenize` wrote")
-    if data.weights and len(data.weights) != len(data.train):
-        found.append(f"data.weights has {len(data.weights)} entries for {len(data.train)} data sets; give one each")
-    if not all(0 < weight < math.inf for weight in data.weights):
-        found.append(f"data.weights={list(data.weights)} should all be above 0; leave a data set out instead")
+    found += _blend_problems("data", data.train, data.weights)
+    before = 0
+    for number, phase in enumerate(data.phases):
+        found += _blend_problems(f"data.phases[{number}]", phase.train, phase.weights)
+        if phase.from_tokens <= before:
+            found.append(
+                f"data.phases[{number}].from_tokens={phase.from_tokens} should be above {before}, where the phase "
+                "before it begins"
+            )
+        before = phase.from_tokens
+    if data.stage_to and not data.stage_to.startswith("/"):
+        found.append(f"data.stage_to={data.stage_to} should be the absolute path of a folder on each node")
+    if not 0 < data.wait_alarm_share < math.inf:
+        found.append(f"data.wait_alarm_share={data.wait_alarm_share} should be above 0; 1 and more tells nothing")
+    return found
+
+
+def _blend_problems(where: str, train: Sequence[str], weights: Sequence[float]) -> list[str]:
+    found = []
+    if not train:
+        found.append(f"{where}.train names no data set; give the folder that `orchestrate tokenize` wrote")
+    if weights and len(weights) != len(train):
+        found.append(f"{where}.weights has {len(weights)} entries for {len(train)} data sets; give one each")
+    if not all(0 < weight < math.inf for weight in weights):
+        found.append(f"{where}.weights={list(weights)} should all be above 0; leave a data set out instead")
     return found
 
 
 def _training_problems(settings: RunSettings) -> list[str]:
     training, layout = settings.training, settings.layout
     found = []
-    if not 0 <= training.warmup_share < 1:
-        found.append(f"training.warmup_share={training.warmup_share} should be from 0 to below 1")
-    if not 0 < training.learning_rate < math.inf:
-        found.append(f"training.learning_rate={training.learning_rate} should be above 0")
-    elif not 0 <= training.minimum_learning_rate <= training.learning_rate:
-        found.append(
-            f"training.minimum_learning_rate={training.minimum_learning_rate} should be from 0 to "
-            f"training.learning_rate={training.learning_rate}"
-        )
     for name, value, low, high in (
         ("adam_beta1", training.adam_beta1, 0.0, 1.0),
         ("adam_beta2", training.adam_beta2, 0.0, 1.0),
@@ -117,6 +143,25 @@ def _training_problems(settings: RunSettings) -> list[str]:
     ):
         if value < 0:
             found.append(f"checkpoint.{name} should be 0 or more, found {value}")
+    return found
+
+
+def _numerics_problems(numerics: NumericsSettings) -> list[str]:
+    found = []
+    if numerics.window < 8:
+        found.append(f"numerics.window={numerics.window} should be at least 8 steps; fewer have no median to speak of")
+    if not (numerics.spike_score == 0 or 3 <= numerics.spike_score < math.inf):
+        found.append(
+            f"numerics.spike_score={numerics.spike_score} should be 0 for none, or at least 3: less is ordinary noise"
+        )
+    for name, least in (
+        ("max_skipped_steps", 0),
+        ("max_hardware_events", 1),
+        ("replica_check_steps", 0),
+        ("rank_time_steps", 0),
+    ):
+        if getattr(numerics, name) < least:
+            found.append(f"numerics.{name}={getattr(numerics, name)} should be at least {least}")
     return found
 
 
@@ -278,20 +323,26 @@ def _grid_problems(settings: RunSettings) -> list[str]:
         if value < 1
     ]
     ranks, tensor, pipeline = cluster.nodes * cluster.ranks_per_node, chosen.tensor_parallel, chosen.pipeline_parallel
-    if found or tensor < 1 or pipeline < 1 or ranks % (tensor * pipeline) == 0:
+    context = chosen.context_parallel
+    if found or tensor < 1 or pipeline < 1 or context < 1 or ranks % (tensor * context * pipeline) == 0:
         return found
-    if ranks % pipeline == 0:
+    ranks_of_each = ranks // context if ranks % context == 0 else ranks
+    if context > 1 and ranks % (tensor * pipeline) == 0:
+        remedy = choose("context_parallel", divisors(ranks // (tensor * pipeline)), context)
+    elif ranks_of_each % pipeline == 0:
         shape = settings.model
-        sizes = divisors(math.gcd(ranks // pipeline, cluster.ranks_per_node, max(1, shape.num_attention_heads)))
+        sizes = divisors(math.gcd(ranks_of_each // pipeline, cluster.ranks_per_node, max(1, shape.num_attention_heads)))
         remedy = choose("tensor_parallel", [n for n in sizes if shape.problems() or splits_groups(shape, n)], tensor)
-    elif ranks % tensor == 0:
-        layers = math.gcd(ranks // tensor, max(1, settings.model.num_layers))
+    elif ranks_of_each % tensor == 0:
+        layers = math.gcd(ranks_of_each // tensor, max(1, settings.model.num_layers))
         remedy = choose("pipeline_parallel", divisors(layers), pipeline)
     else:
-        remedy = choose("a product of", divisors(ranks), tensor * pipeline)
+        remedy = choose("a product of", divisors(ranks_of_each), tensor * pipeline)
     return [
         f"cluster has {cluster.nodes} x {cluster.ranks_per_node} = {ranks} ranks, which do not divide by "
-        f"layout.tensor_parallel={tensor} x pipeline_parallel={pipeline}; {remedy}"
+        f"layout.tensor_parallel={tensor} x "
+        + (f"context_parallel={context} x " if context > 1 else "")
+        + f"pipeline_parallel={pipeline}; {remedy}"
     ]
 
 

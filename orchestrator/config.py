@@ -266,6 +266,9 @@ def _with_absolute_paths(settings: RunSettings) -> RunSettings:
     data = dataclasses.replace(
         settings.data,
         train=tuple(map(absolute, settings.data.train)),
+        phases=tuple(
+            dataclasses.replace(phase, train=tuple(map(absolute, phase.train))) for phase in settings.data.phases
+        ),
         validation=tuple(map(absolute, settings.data.validation)),
         index=absolute(settings.data.index) if settings.data.index else "",
     )

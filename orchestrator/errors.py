@@ -6,6 +6,10 @@
     ├── DataError               1   text, tokenizer or data set
     ├── ModelFolderError        1   a Hugging Face folder that is none, or of another kind
     ├── CheckpointError         1   missing, incomplete or damaged
+    ├── NumericsError           1   numbers that are not as they should be
+    │   ├── NotFiniteError          a batch gives no finite loss or gradients
+    │   ├── SpikeError              a batch gives a loss or gradients far above those before
+    │   └── HardwareError           a rank computed wrongly
     ├── DiskFullError           1   no space, quota or inodes for what has to be written
     ├── StorageError            1   the file system of a run does not answer
     ├── RunError                1   a run folder: taken, missing, in the wrong state
@@ -53,6 +57,33 @@ class ModelFolderError(OrchestrateError):
 
 class CheckpointError(OrchestrateError):
     """A checkpoint that is missing, incomplete, damaged, or of another model."""
+
+
+class NumericsError(OrchestrateError):
+    """Numbers of the training that are not as they should be."""
+
+
+class NotFiniteError(NumericsError):
+    """A batch gives a loss or a gradient norm that is NaN or infinite, and gives it again."""
+
+
+class SpikeError(NumericsError):
+    """A batch gives a loss or a gradient norm far above those before, and gives it again."""
+
+
+class HardwareError(NumericsError):
+    """A rank computed wrongly.
+
+    Args:
+        message: what was wanted, what was found, what to do.
+        ranks: that are to blame, as far as that is known.
+        hosts: of these ranks.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = (), hosts: Sequence[str] = ()) -> None:
+        self.ranks = tuple(ranks)
+        self.hosts = tuple(hosts)
+        super().__init__(message)
 
 
 class DiskFullError(OrchestrateError):

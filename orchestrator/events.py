@@ -79,6 +79,8 @@ class StepEvent:
     tokens_per_second_per_gpu: float
     tflops_per_gpu: float
     mfu: float
+    is_skipped: bool = False
+    """Whether its gradients were dropped; its samples count as consumed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,11 @@ class ValidationEvent:
     time: float
     step: int
     loss: float
+    """Mean over the held-out data sets."""
+    losses: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of each of them by its name."""
     samples: int
+    """Of all of them."""
     consumed_tokens: int
     seconds: float
 
@@ -107,6 +113,11 @@ class SaveEvent:
     tokenizer_sha256: str
     stall_seconds: float
     """How long training stood still for it, waiting for the save before included."""
+    skipped: tuple[tuple[int, int], ...] = ()
+    """First and last step of each span whose gradients the weights do not have."""
+    recent_losses: tuple[float, ...] = ()
+    """With which the next steps' are compared."""
+    recent_norms: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,6 +178,129 @@ class RepeatEvent:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardEvent:
+    """A step's loss or gradient norm was in doubt; it was computed again, and this came of it."""
+
+    kind: ClassVar[str] = "guard"
+    time: float
+    step: int
+    doubt: str
+    """`loss_not_finite`, `norm_not_finite`, `loss_spike` or `norm_spike`."""
+    score: float | None
+    """Robust standard deviations above the median, of a spike."""
+    loss: float
+    gradient_norm: float
+    again_loss: float
+    """When it was computed again from the same state."""
+    again_norm: float
+    origin: str
+    """`hardware` where the second result was another one, `data` where it was the same."""
+    action: str
+    """`repeat` (the second result was taken), `record`, `skip`, `rollback` or `stop`."""
+    skipped: tuple[int, int] | None = None
+    """First and last step whose gradients the weights do not have because of it."""
+    checkpoint: str = ""
+    """Whose state a rollback took."""
+    first_sample: int
+    """Of the step; the samples of what is skipped count as consumed."""
+    samples: int
+    ranks: tuple[int, ...] = ()
+    """Whose own results differed."""
+    hosts: tuple[str, ...] = ()
+    differs: str = ""
+    """`output` or `gradients`: what differed first."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplicaEvent:
+    """Data-parallel replicas do not hold the same weights."""
+
+    kind: ClassVar[str] = "replicas"
+    time: float
+    step: int
+    parameters: tuple[str, ...]
+    """Names in the model of megatron-core."""
+    ranks: tuple[int, ...]
+    """Those that the others outvote; all that differ where there is no majority."""
+    hosts: tuple[str, ...]
+    is_majority: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankTimesEvent:
+    """How long ranks computed in a step, without what they waited for others."""
+
+    kind: ClassVar[str] = "rank_times"
+    time: float
+    step: int
+    step_seconds: float
+    """From the first micro-batch to the gradient norm, waiting included."""
+    median_seconds: float
+    slowest_seconds: float
+    slowest_rank: int
+    slowest_host: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileEvent:
+    """Traces of some steps lie in the attempt's folder, one of each chosen rank."""
+
+    kind: ClassVar[str] = "profile"
+    time: float
+    step: int
+    first_step: int
+    last_step: int
+    ranks: tuple[int, ...]
+    write_seconds: float
+    """How long the slowest rank wrote; training stood still."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageEvent:
+    """The shards that a run reads lie on rank 0's node; each other node has its own copies."""
+
+    kind: ClassVar[str] = "stage"
+    time: float
+    step: int
+    """0; this comes before the state is loaded."""
+    folder: str
+    host: str
+    files: int
+    bytes: int
+    copied_bytes: int
+    """By rank 0; the rest was there, or another process of the node copied it."""
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataWaitEvent:
+    """Ranks waited for their samples longer than `data.wait_alarm_share` of a step, in steps since the last telling."""
+
+    kind: ClassVar[str] = "data_wait"
+    time: float
+    step: int
+    """The last of these steps."""
+    first_step: int
+    steps: int
+    """How many of them it was."""
+    waiting_seconds: float
+    """Over these steps, as the ranks that waited did on average."""
+    step_seconds: float
+    """What these steps took altogether."""
+    most_ranks: int
+    """Largest number of ranks that waited in one of them."""
+
+    @property
+    def message(self) -> str:
+        """Return it in a line."""
+        where = f"step {self.step}" if self.steps == 1 else f"{self.steps} of steps {self.first_step} to {self.step}"
+        return (
+            f"up to {self.most_ranks} ranks waited for their samples in {where}: {self.waiting_seconds:.1f} of "
+            f"{self.step_seconds:.1f} s"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EndEvent:
     """The workers leave in good order."""
 
@@ -187,6 +321,12 @@ Event = (
     | DamageEvent
     | RemovedEvent
     | RepeatEvent
+    | GuardEvent
+    | ReplicaEvent
+    | RankTimesEvent
+    | ProfileEvent
+    | StageEvent
+    | DataWaitEvent
     | EndEvent
 )
 

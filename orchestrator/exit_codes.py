@@ -13,6 +13,8 @@ SAVED_AND_LEFT = 75
 HANG = 76
 OUT_OF_MEMORY = 77
 SUPERSEDED = 78
+HARDWARE = 79
+SPIKE = 80
 
 
 class Cause(StrEnum):
@@ -35,6 +37,10 @@ class Cause(StrEnum):
     """Too few nodes of the allocation passed their checks."""
     EXCEPTION = "exception"
     NOT_FINITE = "not_finite"
+    SPIKE = "spike"
+    """The loss or the gradient norm rose at once, and the settings say to stop."""
+    HARDWARE = "hardware"
+    """A rank computed wrongly: the same step gave another result, or its weights are not those of its replicas."""
     BAD_DATA = "bad_data"
     BAD_CONFIG = "bad_config"
     BAD_CHECKPOINT = "bad_checkpoint"
@@ -60,5 +66,7 @@ CAUSE_OF_CODE = {
     HANG: Cause.HANG,
     OUT_OF_MEMORY: Cause.OUT_OF_MEMORY,
     SUPERSEDED: Cause.SUPERSEDED,
+    HARDWARE: Cause.HARDWARE,
+    SPIKE: Cause.SPIKE,
 }
 """SAVED_AND_LEFT is not here: its cause is the reason of the stop request."""

@@ -8,18 +8,21 @@ from orchestrator.checkpoints import Checkpoint, checkpoint_name, files_written,
 from orchestrator.config import to_yaml
 from orchestrator.errors import CheckpointError, ConfigError, OrchestrateError, RunError
 from orchestrator.files import file_mask, free_room, link_or_copy, new_folder, write_atomic, write_json
+from orchestrator.phases import what_differs
 from orchestrator.plan import TrainingPlan, read_plan, write_plan
 from orchestrator.provenance import provenance, snapshot_code
 from orchestrator.reconcile import ENDED
 from orchestrator.retention import kept_at_most
 from orchestrator.run_directory import FILE_MASK, RunDirectory, create_run, discard_run, name_taken
+from orchestrator.schedule_checks import past_problems
 from orchestrator.settings import RANDOM_BASE
 from orchestrator.slurm.node_checks import unknown_names
 from orchestrator.slurm.requests import check_folders
 from orchestrator.slurm.scheduler import tell_to_end
 from orchestrator.slurm.submission import UnknownSubmissionError, check_scheduler, submit
 from orchestrator.status import RunStatus, read_status
-from orchestrator.tokenize.manifest import DatasetManifest, read_manifest
+from orchestrator.tokenize.manifest import DatasetManifest, is_tokenizer_of, read_manifest
+from orchestrator.traced_steps import unreachable_problems
 from orchestrator.units import format_bytes
 
 
@@ -44,6 +47,8 @@ def check_start(plan: TrainingPlan, branch: BranchPoint | None = None) -> list[D
     if (runs / name).exists():
         raise name_taken(runs, name)
     problems = unknown_names(plan.settings.cluster.checks)
+    done = branch.checkpoint.step if branch is not None else 0
+    problems += unreachable_problems(plan.settings.profile, done, plan.total_steps)
     if problems:
         raise ConfigError(f"run {name!r} cannot start; {len(problems)} to mend:", problems)
     check_scheduler(RunDirectory(runs / name), plan)
@@ -62,14 +67,18 @@ def check_branch(plan: TrainingPlan, branch: BranchPoint, manifests: list[Datase
         ConfigError: fields that a branch cannot change, by name, or too few tokens.
         CheckpointError: the checkpoint is of another model, tokenizer or data.
     """
-    from megatron_solar.sample_order import data_fingerprint  # imports numpy
+    from megatron_solar.sample_request import request_of  # imports numpy
 
     settings, checkpoint = plan.settings, branch.checkpoint
     what = f"run {settings.name!r} cannot go on from {branch.run.name}@{checkpoint.step}"
-    fingerprint = data_fingerprint(settings.data, manifests, settings.training.seed)
-    changes = changes_between(read_plan(branch.run.plan).settings, settings)
+    consumed = checkpoint.facts.consumed_samples
+    fingerprint = request_of(plan).fingerprint_at(consumed)
+    before = read_plan(branch.run.plan)
     is_same_data = fingerprint == checkpoint.facts.data_fingerprint
-    refused = change_problems(changes, is_same_data=is_same_data, own_fields=OF_A_BRANCH)
+    other_data = "" if is_same_data else what_differs(before, plan, consumed, branch.run.name)
+    changes = changes_between(before.settings, settings)
+    refused = change_problems(changes, other_data=other_data, own_fields=OF_A_BRANCH)
+    refused += past_problems(before.settings, settings, checkpoint.step)
     if refused:
         raise ConfigError(f"{what}; {len(refused)} refused:", refused)
     problems = foreign(checkpoint.facts, settings.model, manifests[0].tokenizer_sha256, fingerprint)
@@ -121,7 +130,8 @@ def check_inputs(plan: TrainingPlan, *, needs_base: bool = True) -> list[Dataset
     """
     settings = plan.settings
     problems, manifests = [], []
-    for folder in [*settings.data.train, *settings.data.validation]:
+    is_compared = needs_base and settings.base != RANDOM_BASE and settings.training.check_tokenizer
+    for folder in [*settings.data.training_folders, *settings.data.validation]:
         try:
             manifest = read_manifest(Path(folder))
         except OrchestrateError as error:
@@ -131,6 +141,12 @@ def check_inputs(plan: TrainingPlan, *, needs_base: bool = True) -> list[Dataset
             problems.append(
                 f"{folder} was made with {manifest.vocab_size} ids, the model knows {settings.model.vocab_size}; "
                 "tokenize with the model's own tokenizer"
+            )
+        if is_compared and not is_tokenizer_of(Path(settings.base), manifest.tokenizer_sha256):
+            problems.append(
+                f"{folder} was made with another tokenizer (SHA-256 {manifest.tokenizer_sha256[:12]}) than any of "
+                f"{settings.base}; tokenize with `--tokenizer {settings.base}`, or say training.check_tokenizer=false "
+                "where both give the same ids"
             )
         if folder in settings.data.train:
             manifests.append(manifest)

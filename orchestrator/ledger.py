@@ -7,7 +7,7 @@ longer, never negative. Everything is reckoned in whole milliseconds, so that th
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 
 from orchestrator.events import (
@@ -16,6 +16,7 @@ from orchestrator.events import (
     Event,
     FirstLossEvent,
     SaveEvent,
+    StageEvent,
     StartEvent,
     StepEvent,
     ValidationEvent,
@@ -78,7 +79,7 @@ def ledger_of(
     checking: tuple[float, float] | None,
     events: Sequence[Event],
     saved_step: int,
-    tokens_per_step: int,
+    consumed_tokens: Callable[[int], int],
     gpus: int,
     spare_gpus: int,
     ended: float,
@@ -92,6 +93,7 @@ def ledger_of(
         checking: when node checks began and ended, if there were any.
         events: as rank 0 told them.
         saved_step: step of the newest complete checkpoint at the end.
+        consumed_tokens: of the first so many steps.
         gpus: how many have a rank.
         spare_gpus: how many are held besides.
     """
@@ -113,7 +115,7 @@ def ledger_of(
     lost = {event.step for event in events if isinstance(event, StepEvent) and event.step > saved_step}
     return Ledger(
         seconds={str(kind): count / 1000 for kind, count in milliseconds.items()},
-        tokens_lost=len(lost) * tokens_per_step,
+        tokens_lost=sum(consumed_tokens(step) - consumed_tokens(step - 1) for step in lost),
         gpu_hours=held_hours * gpus,
         spare_gpu_hours=held_hours * spare_gpus,
     )
@@ -132,7 +134,7 @@ def total(ledgers: Iterable[Ledger]) -> Ledger:
 
 def _kind(event: Event, saved_step: int) -> Kind | None:
     """Return what the time before an event went to; None where it goes to what the next one says."""
-    if isinstance(event, StartEvent | DamageEvent | FirstLossEvent):  # which come while ranks load
+    if isinstance(event, StageEvent | StartEvent | DamageEvent | FirstLossEvent):  # which come while ranks load
         return Kind.STARTING
     for told, kind in (
         (StepEvent, Kind.TRAINING),

@@ -12,7 +12,7 @@ from orchestrator.checks import build_layout
 from orchestrator.errors import OrchestrateError
 from orchestrator.files import read_json, write_json
 from orchestrator.layout import ParallelLayout
-from orchestrator.schedule import total_steps
+from orchestrator.schedule import BatchSpan, batch_spans, consumed_samples, span_of, total_steps
 from orchestrator.settings import RunSettings
 from orchestrator.values import from_plain, to_plain
 
@@ -27,6 +27,7 @@ class TrainingPlan:
     settings: RunSettings
     layout: ParallelLayout
     tokens_per_step: int
+    """With the final batch; `consumed_tokens` knows of the ramp before it."""
     total_steps: int
     parameters: int
     flops_per_token: float
@@ -40,11 +41,24 @@ class TrainingPlan:
     @property
     def total_tokens(self) -> int:
         """Tokens of all steps, the last one whole."""
-        return self.tokens_per_step * self.total_steps
+        return self.consumed_tokens(self.total_steps)
+
+    @property
+    def batch_spans(self) -> tuple[BatchSpan, ...]:
+        """The global batch from which step on; one entry without a ramp."""
+        return batch_spans(self.settings)
+
+    def batch_size(self, step: int) -> int:
+        """Sequences of a step, counted from 1, over all ranks."""
+        return span_of(self.batch_spans, step).batch_size
+
+    def num_microbatches(self, step: int) -> int:
+        """Micro-batches that one pipeline works through in a step, counted from 1."""
+        return self.batch_size(step) // (self.layout.micro_batch_size * self.layout.data_parallel)
 
     def consumed_samples(self, step: int) -> int:
         """Training samples that the first `step` steps read; the next step begins with this one."""
-        return step * self.layout.global_batch_size
+        return consumed_samples(self.batch_spans, step)
 
     def consumed_tokens(self, step: int) -> int:
         """Tokens of the first `step` steps."""
@@ -62,15 +76,15 @@ def make_plan(settings: RunSettings) -> TrainingPlan:
     """Return the plan of checked settings."""
     layout = build_layout(settings)
     shape = settings.model
-    tokens_per_step = layout.global_batch_size * settings.data.sequence_length
+    length = settings.data.sequence_length
     fingerprint = hashlib.sha256(json.dumps(to_plain(settings), sort_keys=True).encode()).hexdigest()
     return TrainingPlan(
         settings=settings,
         layout=layout,
-        tokens_per_step=tokens_per_step,
-        total_steps=total_steps(settings.training, tokens_per_step),
+        tokens_per_step=layout.global_batch_size * length,
+        total_steps=total_steps(batch_spans(settings), settings.training.tokens, length),
         parameters=shape.parameters(),
-        flops_per_token=shape.flops_per_token(settings.data.sequence_length),
+        flops_per_token=shape.flops_per_token(length),
         static_bytes_per_rank=static_bytes(settings, layout),
         checkpoint_bytes=shape.parameters() * 12,
         fingerprint=fingerprint,
@@ -81,7 +95,7 @@ def static_bytes(settings: RunSettings, layout: ParallelLayout) -> int:
     """Return the bytes of weights, gradients and optimizer on the rank that holds most.
 
     A parameter takes 6 bytes (bf16 weight, fp32 gradient) and 12 of optimizer (fp32 master and two
-    moments) over DP ranks with the distributed optimizer; in fp32 8 and 8, since megatron's master is the
+    moments) over DP x CP ranks with the distributed optimizer; in fp32 8 and 8, since megatron's master is the
     weight itself there (0.16.1: a view of it).
     """
     shape = settings.model
@@ -93,7 +107,7 @@ def static_bytes(settings: RunSettings, layout: ParallelLayout) -> int:
         held = layers + embedding + shape.hidden_size
     held //= layout.tensor_parallel
     resident, shared = (8, 8) if settings.training.precision == "fp32" else (6, 12)
-    return int(held * (resident + shared / layout.data_parallel))
+    return int(held * (resident + shared / layout.weight_replicas))
 
 
 def write_plan(path: Path, plan: TrainingPlan) -> None:

@@ -16,7 +16,7 @@ from orchestrator.checks import build_layout, settings_problems
 from orchestrator.errors import ConfigError
 from orchestrator.model_shape import TransformerShape, divisors
 from orchestrator.plan import make_plan
-from orchestrator.settings import ClusterSettings, RunSettings
+from orchestrator.settings import ClusterSettings, LayoutSettings, RunSettings
 from orchestrator.units import format_bytes, format_count
 
 T = TypeVar("T")
@@ -73,7 +73,8 @@ def rehearsal_settings(
     layout = real.layout
     tensor = max(1, layout.tensor_parallel)
     shape = toy_shape(real.model, tensor, layout.pipeline_parallel * layout.virtual_pipeline_parallel, chosen)
-    sequence = chosen("data.sequence_length", min(real.data.sequence_length, -(-SEQUENCE // tensor) * tensor))
+    multiple = max(1, math.lcm(tensor, build_layout(real).sequence_multiple))
+    sequence = chosen("data.sequence_length", min(real.data.sequence_length, -(-SEQUENCE // multiple) * multiple))
     accumulated = min(2, build_layout(real).num_microbatches)  # so that gradients are summed where they will be
     pass_samples = layout.micro_batch_size * build_layout(dataclasses.replace(real, cluster=place)).data_parallel
     batch = chosen("layout.global_batch_size", pass_samples * max(layout.pipeline_parallel, accumulated))
@@ -85,10 +86,15 @@ def rehearsal_settings(
         training=dataclasses.replace(
             real.training,
             tokens=steps * batch * sequence,
+            warmup_steps=None,
+            batch_ramp=(),
+            frozen=(),  # by layers that the toy does not have
             validation_interval_steps=chosen("training.validation_interval_steps", max(1, steps)),
             validation_samples=chosen("training.validation_samples", pass_samples),
         ),
-        layout=dataclasses.replace(layout, global_batch_size=batch),
+        layout=dataclasses.replace(
+            layout, global_batch_size=batch, recompute_layers=_recompute_layers(layout, shape.num_layers)
+        ),
         checkpoint=dataclasses.replace(
             real.checkpoint, interval_steps=chosen("checkpoint.interval_steps", max(1, steps // 2))
         ),
@@ -99,6 +105,12 @@ def rehearsal_settings(
         raise ConfigError(f"run {real.name} cannot be rehearsed as it is; {len(problems)} to mend:",
                           [*problems, *_ranks_that_divide(settings)])  # fmt: skip
     return settings
+
+
+def _recompute_layers(layout: LayoutSettings, layers: int) -> int:
+    """Return how many layers a toy of so many can recompute at once."""
+    held = max(1, layers // max(1, layout.pipeline_parallel * layout.virtual_pipeline_parallel))
+    return math.gcd(layout.recompute_layers, held)
 
 
 def cpu_cluster(profile: ClusterSettings, *, nodes: int, ranks_per_node: int, spare_nodes: int = 0) -> ClusterSettings:
@@ -201,6 +213,8 @@ def _facts(settings: RunSettings) -> dict[str, str]:
         "data parallel": f"{layout.data_parallel}",
         "micro batch": f"{layout.micro_batch_size}",
         "micro-batches": f"{layout.num_microbatches} a step",
+        "batch ramp": ", ".join(str(each.global_batch_size) for each in settings.training.batch_ramp) or "none",
+        "frozen": ", ".join(f"{each.what} for {each.steps:,} steps" for each in settings.training.frozen) or "nothing",
         "precision": settings.training.precision,
         "layers": f"{shape.num_layers}",
         "width": f"{shape.hidden_size}, {shape.num_attention_heads} heads in {shape.num_query_groups} groups",

@@ -42,7 +42,7 @@ def make_inputs(folder: Path, settings: RunSettings, *, given: frozenset[str] = 
 
 def _with_data(folder: Path, settings: RunSettings, given: frozenset[str]) -> RunSettings:
     data = settings.data
-    if data.train and all(_fits(Path(path), settings) for path in (*data.train, *data.validation)):
+    if data.train and all(_fits(Path(path), settings) for path in (*data.training_folders, *data.validation)):
         return settings
     train, validation = folder / "train", folder / "validation"
     manifest = _made_data(train, validation)
@@ -53,7 +53,7 @@ def _with_data(folder: Path, settings: RunSettings, given: frozenset[str]) -> Ru
     return dataclasses.replace(
         settings,
         model=dataclasses.replace(settings.model, vocab_size=vocab_size),
-        data=dataclasses.replace(data, train=(str(train),), weights=(), validation=(str(validation),)),
+        data=dataclasses.replace(data, train=(str(train),), weights=(), phases=(), validation=(str(validation),)),
     )
 
 

@@ -160,13 +160,44 @@ REMEDIES: Mapping[Cause, Remedy] = {
         ),
     ),
     Cause.NOT_FINITE: Remedy(
-        meaning="The loss or the gradient's norm is no finite number any more.",
-        by_itself="It stops before that state is saved.",
+        meaning="A batch gave no finite loss or gradients, gave the same again, and `numerics` allows no skip or no "
+        "further one.",
+        by_itself="It stops before its gradients are applied. Up to `numerics.max_skipped_steps` such batches in "
+        "`numerics.window` steps are skipped before it comes to that, unless `numerics.on_not_finite` is `stop`.",
         lost=SINCE_THE_LAST,
         actions=(
             "look at the last steps: `orchestrate logs {run} --attempt {attempt}`, and at the curve: `orchestrate ui`",
+            "read the step's documents, if it is one batch alone: `orchestrate data show {run} --step STEP`",
             "go on with a lower rate: `orchestrate resume {run} training.learning_rate=1e-5`",
             "or from further back, as another run: `orchestrate launch --from {run}@STEP name=NAME`",
+        ),
+    ),
+    Cause.SPIKE: Remedy(
+        meaning="A batch gave a loss or a gradient norm far above those before (`numerics.spike_score`), gave the same "
+        "again, and `numerics` allows no skip or no further one.",
+        by_itself="It stops before its gradients are applied. Up to `numerics.max_skipped_steps` such batches in "
+        "`numerics.window` steps are skipped before it comes to that, or what else `numerics.on_spike` says.",
+        lost=SINCE_THE_LAST,
+        actions=(
+            "look at the curve: `orchestrate ui`; where it has risen for good, the data or the rate has changed",
+            "read the step's documents, if it is one batch alone: `orchestrate data show {run} --step STEP`",
+            "apply such batches all the same: `orchestrate resume {run} numerics.on_spike=record`",
+            "or go back to a checkpoint at each: `orchestrate resume {run} numerics.on_spike=rollback`",
+        ),
+    ),
+    Cause.HARDWARE: Remedy(
+        meaning="A rank computed wrongly: the same step from the same state gave other numbers, or the weights of "
+        "data-parallel replicas were not the same.",
+        by_itself="The first such step of a node is taken as it came out the second time, and the run goes on; with "
+        "`numerics.max_hardware_events` of them, or where weights differ, it ends before that state is saved. Ranks "
+        "start again from the newest complete checkpoint without the node, on a spare or in a further job.",
+        lost=SINCE_THE_LAST,
+        actions=(
+            "have {node} tested and its log read for Xid and ECC errors before it gets any work: `dmesg -T`",
+            "where replicas differ and no majority says which is right, or no rank could be named, the next attempts "
+            "tell: `orchestrate why {run}`",
+            "to keep it out for good, " + KEEP_OUT,
+            "if no node is bad, something is not deterministic: see `training.deterministic`",
         ),
     ),
     Cause.BAD_DATA: Remedy(

@@ -2,12 +2,15 @@
 
 The same weights and the same samples give the same loss: bit for bit on the CPU at the same layout and
 with deterministic kernels, otherwise within the noise of sums in another order. More than that is
-hardware that computes wrongly, or nondeterminism where none was expected.
+hardware that computes wrongly, or nondeterminism where none was expected. Where one of them left out a step whose
+gradients the other applied, the weights are others from there on, and nothing more is compared.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from orchestrator.events import RepeatEvent
 from orchestrator.plan import TrainingPlan
@@ -29,9 +32,20 @@ def noise(before: TrainingPlan, now: TrainingPlan) -> float | None:
 
 
 def _trained(plan: TrainingPlan) -> tuple[object, ...]:
-    """Return what decides the losses; where the sample index lies does not."""
+    """Return what decides the losses; where the samples and their index lie does not."""
     settings = plan.settings
-    return settings.training, dataclasses.replace(settings.data, index=""), settings.model
+    data = dataclasses.replace(settings.data, index="", stage_to="", wait_alarm_share=1.0)
+    numerics = dataclasses.replace(settings.numerics, max_hardware_events=0, replica_check_steps=0, rank_time_steps=0)
+    return settings.training, data, settings.model, numerics
+
+
+class RecordedStep(NamedTuple):
+    """A step that was done before."""
+
+    loss: float
+    noise: float
+    """Relative difference that is none."""
+    is_skipped: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,18 +56,18 @@ class EarlierAttempt:
     """None where it cannot be read."""
     losses: Mapping[int, float]
     """By step."""
+    skipped: frozenset[int] = frozenset()
+    """Steps whose gradients were dropped."""
 
 
-def recorded_losses(
-    earlier: Sequence[EarlierAttempt], plan: TrainingPlan, after_step: int
-) -> dict[int, tuple[float, float]]:
-    """Return recorded loss and noise of the steps after one, as the newest of earlier attempts did them."""
-    found: dict[int, tuple[float, float]] = {}
+def recorded_losses(earlier: Sequence[EarlierAttempt], plan: TrainingPlan, after_step: int) -> dict[int, RecordedStep]:
+    """Return what was recorded of the steps after one, as the newest of earlier attempts did them."""
+    found: dict[int, RecordedStep] = {}
     for attempt in earlier:
         allowed = noise(attempt.plan, plan) if attempt.plan is not None else None
         for step, loss in attempt.losses.items():
             if step > after_step and allowed is not None:
-                found[step] = (loss, allowed)
+                found[step] = RecordedStep(loss, allowed, step in attempt.skipped)
             elif step > after_step:
                 found.pop(step, None)
     return found
@@ -63,26 +77,29 @@ class RepeatedSteps:
     """Compares the steps that an earlier attempt had done already with what it recorded.
 
     Args:
-        recorded: loss and noise by step, as `recorded_losses` returns them.
+        recorded: by step, as `recorded_losses` returns them.
         step: after which this attempt began.
         tell: told of the comparison.
     """
 
-    def __init__(
-        self, recorded: dict[int, tuple[float, float]], step: int, tell: Callable[[RepeatEvent], None]
-    ) -> None:
+    def __init__(self, recorded: dict[int, RecordedStep], step: int, tell: Callable[[RepeatEvent], None]) -> None:
         self._tell = tell
         self._recorded = recorded
         self._first = step + 1
         self._worst: RepeatEvent | None = None
 
-    def compare(self, step: int, loss: float) -> None:
+    def compare(self, step: int, loss: float, *, is_skipped: bool = False) -> None:
         """Compare one step; a difference beyond the noise is told at once."""
         if step not in self._recorded:
             self.finish()
             return
-        recorded, noise = self._recorded.pop(step)
-        difference = abs(loss - recorded) / abs(recorded) if loss != recorded else 0.0
+        recorded, noise, was_skipped = self._recorded.pop(step)
+        if is_skipped != was_skipped:
+            self._recorded.clear()
+        if math.isfinite(loss) and math.isfinite(recorded):
+            difference = abs(loss - recorded) / abs(recorded) if loss != recorded else 0.0
+        else:  # such a step is skipped, and is no repetition where the other was none
+            difference = 0.0
         is_beyond = difference > noise
         if self._worst is None or difference >= self._worst.relative_difference:
             self._worst = RepeatEvent(

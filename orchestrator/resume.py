@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.changes import Change, change_problems, changes_between
 from orchestrator.checkpoints import Checkpoint, complete_checkpoints, foreign, lost_checkpoints
@@ -11,14 +12,20 @@ from orchestrator.config import recompose, to_yaml
 from orchestrator.errors import CheckpointError, ConfigError, DataError, RunError
 from orchestrator.files import file_mask, new_folder, read_json, write_atomic, write_json
 from orchestrator.launch import check_disk, check_inputs
+from orchestrator.named_layers import with_layers_named
+from orchestrator.phases import planned_phases, what_differs
 from orchestrator.plan import TrainingPlan, make_plan, read_plan, write_plan
 from orchestrator.provenance import provenance, snapshot_code, upgrades_since
 from orchestrator.reconcile import ENDED, State
 from orchestrator.run_directory import CODE, CONFIG, FILE_MASK, PLAN, PROVENANCE, RunDirectory
-from orchestrator.settings import Rule, RunSettings
+from orchestrator.schedule_checks import past_problems
+from orchestrator.settings import Rule
 from orchestrator.slurm.submission import UnknownSubmissionError, check_scheduler, submit
 from orchestrator.status import RunStatus, read_status
-from orchestrator.tokenize.manifest import read_manifest
+from orchestrator.traced_steps import unreachable_problems
+
+if TYPE_CHECKING:
+    from megatron_solar.sample_request import SampleRequest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,18 +60,21 @@ def prepare_resume(run: RunDirectory, overrides: Sequence[str] = (), *, allow_up
     number = len(run.resumes()) + 1
     status = read_status(run)
     before = read_plan(run.plan)
-    settings = recompose(before.settings, overrides, is_checked=False)
+    settings = with_layers_named(recompose(before.settings, overrides, is_checked=False))
     changes = changes_between(before.settings, settings)
     existing = complete_checkpoints(run)
     lost = lost_checkpoints(run)
     if lost and status.state in ENDED:
         raise CheckpointError(lost)
     checkpoint = existing[-1] if existing else None
-    is_same_data = checkpoint is not None and _is_data_of(settings, checkpoint)
-    problems = [*change_problems(changes, is_same_data=is_same_data), *settings_problems(settings)]
+    unsound = settings_problems(settings)
+    plan = make_plan(settings) if changes and not unsound else before
+    other_data = _other_data(before, plan, checkpoint, run.name) if checkpoint is not None else ""
+    problems = [*change_problems(changes, other_data=other_data), *unsound]
+    if checkpoint is not None and not problems:
+        problems = past_problems(before.settings, settings, checkpoint.step)
     if problems:
         raise ConfigError(f"run {run.name} cannot be resumed so; {len(problems)} to mend:", problems)
-    plan = make_plan(settings) if changes else before
     if status.state == State.FINISHED and (checkpoint is None or checkpoint.step >= plan.total_steps):
         raise RunError(
             f"run {run.name} has done all its {status.total_steps} steps; export it with `orchestrate export "
@@ -74,6 +84,11 @@ def prepare_resume(run: RunDirectory, overrides: Sequence[str] = (), *, allow_up
         raise RunError(
             f"run {run.name} is {status.state}; cancel it first, or follow it with `orchestrate logs {run.name}`"
         )
+    if any(change.field.startswith("profile.") for change in changes):
+        done = checkpoint.step if checkpoint is not None else 0
+        problems = unreachable_problems(settings.profile, done, plan.total_steps)
+        if problems:
+            raise ConfigError(f"run {run.name} cannot be resumed so:", problems)
     check_scheduler(run, plan)
     check_inputs(plan, needs_base=checkpoint is None)
     if checkpoint is not None:
@@ -82,8 +97,9 @@ def prepare_resume(run: RunDirectory, overrides: Sequence[str] = (), *, allow_up
                 f"run {run.name} has done {checkpoint.step} steps already, training.tokens="
                 f"{plan.settings.training.tokens} are {plan.total_steps}; give more"
             )
-        fingerprint, tokenizer = _data_identity(plan.settings)
-        problems = foreign(checkpoint.facts, plan.settings.model, tokenizer, fingerprint)
+        request = _request(plan)
+        fingerprint = request.fingerprint_at(checkpoint.facts.consumed_samples)
+        problems = foreign(checkpoint.facts, plan.settings.model, request.tokenizer_sha256, fingerprint)
         if problems:
             raise CheckpointError(f"checkpoint {checkpoint.name} is not of this run's model and data:", problems)
     check_disk(plan, run.path, sum(checkpoint.size_bytes for checkpoint in existing))
@@ -159,22 +175,25 @@ def notes_on(prepared: Resumption) -> list[str]:
         notes.append(f"the {decay} decay is over the new number of steps, so that the rate changes at once")
     if "training.precision" in changed:
         notes.append("the fp32 master weights and the optimizer are kept; from here on losses differ by rounding")
+    if any(change.field == "data.phases" for change in prepared.changes):
+        begins = [f"step {phase.first_step:,}" for phase in planned_phases(prepared.plan)[1:]]
+        notes.append(f"phases of the data begin with {', '.join(begins) or 'none but the first'}")
     if any(field.startswith("layout.") or field in ("cluster.nodes", "cluster.ranks_per_node") for field in changed):
         notes.append("the samples and their order stay; losses agree within sums in another order")
     return notes
 
 
-def _is_data_of(settings: RunSettings, checkpoint: Checkpoint) -> bool:
-    """Return whether the data sets are those of a checkpoint, wherever they lie."""
+def _other_data(before: TrainingPlan, plan: TrainingPlan, checkpoint: Checkpoint, run: str) -> str:
+    """Return why the samples of a checkpoint are not the first ones of a plan, or nothing where they are."""
+    consumed = checkpoint.facts.consumed_samples
     try:
-        return _data_identity(settings)[0] == checkpoint.facts.data_fingerprint
-    except DataError:
-        return False
+        is_same = _request(plan).fingerprint_at(consumed) == checkpoint.facts.data_fingerprint
+    except DataError:  # a data set that cannot be read is named by `check_inputs`, unless its name is what changed
+        is_same = False
+    return "" if is_same else what_differs(before, plan, consumed, run)
 
 
-def _data_identity(settings: RunSettings) -> tuple[str, str]:
-    """Return the fingerprint of the data sets and of their tokenizer."""
-    from megatron_solar.sample_order import data_fingerprint  # imports numpy
+def _request(plan: TrainingPlan) -> "SampleRequest":
+    from megatron_solar.sample_request import request_of  # imports numpy
 
-    manifests = [read_manifest(Path(folder)) for folder in settings.data.train]
-    return data_fingerprint(settings.data, manifests, settings.training.seed), manifests[0].tokenizer_sha256
+    return request_of(plan)

@@ -1,13 +1,14 @@
 """The only place that knows the file names of a run.
 
     RUNS/NAME/
-      config.yaml  plan.json  provenance.json  mlflow.json  mlflow.lock  supervisor.lock  cancel.json
+      config.yaml  plan.json  provenance.json  mlflow.json  mlflow.lock  supervisor.lock  cancel.json  shards.json
       code/                      what the workers import
       resumes/0001/              provenance.json with what changed; config.yaml, plan.json and code/ where they did
       submissions/0001.json      every job submitted
       attempts/0001/             plan.json  job.json  events.jsonl  supervisor.jsonl  stop.json  outcome.json
                                  rendezvous.json  worker_versions.json  checks/
                                  failures/rank_0003.json  logs/rank_0003.log  stacks/rank_0003.txt
+                                 traces/rank_0003.json.gz
       checkpoints/step_0000020.attempt_0001/ ... complete.json, written last
 
 Each file has one writer: the launching or resuming command, the supervisor, or one rank. Standard library only.
@@ -94,6 +95,11 @@ class AttemptDirectory:
         return self.path / "stacks"
 
     @property
+    def traces(self) -> Path:
+        """A file for each rank whose steps were profiled; made by the first of them."""
+        return self.path / "traces"
+
+    @property
     def logs(self) -> Path:
         """Output of the ranks and of the supervisor."""
         return self.path / "logs"
@@ -111,6 +117,10 @@ class AttemptDirectory:
     def rank_log(self, rank: int) -> Path:
         """Standard output and error of one rank."""
         return self.logs / f"rank_{rank:04d}.log"
+
+    def rank_trace(self, rank: int) -> Path:
+        """Chrome's trace of the profiled steps of one rank."""
+        return self.traces / f"rank_{rank:04d}.json.gz"
 
     def rank_failure(self, rank: int) -> Path:
         """What one rank says of its failure."""
@@ -252,6 +262,11 @@ class RunDirectory:
     def data_index(self) -> Path:
         """Cache of megatron's sample index."""
         return self.path / "data_index"
+
+    @property
+    def shard_record(self) -> Path:
+        """Sizes and times of the shards at the last start, and which were compared whole; written by rank 0."""
+        return self.path / "shards.json"
 
     def attempts(self) -> list[AttemptDirectory]:
         """Return the attempts in their order."""

@@ -35,6 +35,18 @@ Fixed = Annotated[T, Rule.FIXED]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PhaseSettings:
+    """A blend that follows the one before it."""
+
+    from_tokens: int
+    """It begins with the first step before which the run has read at least so many tokens."""
+    train: tuple[str, ...]
+    """Data set folders; one that was read before goes on where it was left."""
+    weights: tuple[float, ...] = ()
+    """Share of the phase's samples from each data set; empty means in proportion to their tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """What is trained on."""
 
@@ -42,12 +54,43 @@ class DataSettings:
     """Data set folders, each written by `orchestrate tokenize`."""
     weights: Phase[tuple[float, ...]] = ()
     """Share of samples from each data set; empty means in proportion to their tokens."""
+    phases: Phase[tuple[PhaseSettings, ...]] = ()
+    """Blends that follow the first one, which is `train` with `weights`; in the order of their tokens."""
     validation: Recorded[tuple[str, ...]] = ()
-    """Held-out data set folders; empty means no validation."""
+    """Held-out data set folders, each with a loss of its own; empty means no validation."""
     sequence_length: Fixed[int] = 4096
     """Tokens a sample."""
     index: Free[str] = ""
     """Folder that `orchestrate data index` made for this run; empty means that rank 0 builds the index at the start."""
+    stage_to: Free[str] = ""
+    """Folder on a disk of each node, such as /scratch, to which shards are copied and from which ranks read them."""
+    wait_alarm_share: Free[float] = 0.1
+    """Share of a step from which on it is told that a rank waited for its samples."""
+
+    @property
+    def training_folders(self) -> tuple[str, ...]:
+        """The training data sets of all phases, each once."""
+        return tuple(dict.fromkeys([*self.train, *(folder for phase in self.phases for folder in phase.train)]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchStage:
+    """A part of the run with a global batch of its own."""
+
+    global_batch_size: int
+    """Sequences a step, over all ranks."""
+    until_tokens: int
+    """Of the whole run; the step that reaches it is the stage's last one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrozenPart:
+    """What of the model keeps its bits over the first steps of the run."""
+
+    what: str
+    """`embeddings`, `output`, `final norm`, `layers 0-23,40-47`, or of an up-scaled base `old layers`, `new layers`."""
+    steps: int
+    """From the first step on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,9 +102,25 @@ class TrainingSettings:
     learning_rate: Recorded[float] = 3e-5
     minimum_learning_rate: Recorded[float] = 3e-6
     warmup_share: Recorded[float] = 0.01
-    """Share of the steps over which the rate rises from zero."""
-    decay: Recorded[Literal["cosine", "linear", "constant"]] = "cosine"
+    """Share of the steps over which the rate rises to the full one."""
+    warmup_steps: Recorded[int | None] = None
+    """Steps of the warm-up instead of a share, so that it stays what it is where the run is prolonged."""
+    warmup_from: Recorded[float] = 0.0
+    """Rate from which the warm-up rises; a continued pretraining may begin at the rate that the base ended with."""
+    decay: Recorded[Literal["cosine", "linear", "constant", "wsd"]] = "cosine"
+    """How the rate falls to the minimum at the last step; `wsd` is warm-up, stable, decay."""
+    decay_share: Recorded[float] = 0.1
+    """Share of the steps, the last ones, over which `wsd` decays."""
+    decay_form: Recorded[Literal["1-sqrt", "linear"]] = "1-sqrt"
+    """How `wsd` decays."""
+    batch_ramp: Recorded[tuple[BatchStage, ...]] = ()
+    """Stages with other batches, before `layout.global_batch_size`; a resume may change what is still to come."""
+    frozen: Recorded[tuple[FrozenPart, ...]] = ()
+    """Parts of the model that are not trained at first; a resume may change what is still to come."""
     weight_decay: Recorded[float] = 0.1
+    """Of matrices; norms have none."""
+    decay_embeddings: Recorded[bool] = True
+    """Whether the word embeddings, and an output layer tied to them, have weight decay."""
     adam_beta1: Recorded[float] = 0.9
     adam_beta2: Recorded[float] = 0.95
     adam_eps: Recorded[float] = 1e-8
@@ -71,11 +130,37 @@ class TrainingSettings:
     deterministic: Recorded[bool] = False
     """Deterministic kernels, so that a GPU gives the same bits again; slower there. A CPU gives them anyway."""
     seed: Fixed[int] = 1234
+    check_tokenizer: Free[bool] = True
+    """Whether a start from a base wants data made with a tokenizer that lies in the base's folder."""
     check_first_loss: Free[bool] = True
     """Whether a start from a base compares its loss with the one recorded in the base, and stops where they differ."""
     validation_interval_steps: Free[int] = 500
     validation_samples: Recorded[int] = 512
     """Held-out sequences a validation reads, rounded up to whole passes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NumericsSettings:
+    """What is done about numbers that are not as they should be; a step in doubt is computed again before anything."""
+
+    window: Recorded[int] = 128
+    """Steps, the newest ones that were applied, with which a loss and a gradient norm are compared."""
+    spike_score: Recorded[float] = 10.0
+    """Robust standard deviations above their median from which a loss or a norm is a spike; 0 looks for none. Batches
+    of 128 tokens, as noisy as they come, stay below 8."""
+    on_not_finite: Recorded[Literal["skip", "rollback", "stop"]] = "skip"
+    """After a batch that gives no finite loss or gradients: its gradients are dropped, or also the steps since the
+    newest checkpoint are taken back, or the run stops."""
+    on_spike: Recorded[Literal["record", "skip", "rollback", "stop"]] = "skip"
+    """After a batch that gives a spike; `record` applies its gradients all the same, and only says so."""
+    max_skipped_steps: Recorded[int] = 4
+    """Skips and rollbacks allowed within `window` steps, a rollback counted once; the next one stops the run."""
+    max_hardware_events: Free[int] = 2
+    """Steps of an attempt that one node may compute wrongly; with the last of them the run leaves it."""
+    replica_check_steps: Free[int] = 500
+    """How often the data-parallel replicas' weights are compared, and before each save as well; 0 is never."""
+    rank_time_steps: Free[int] = 100
+    """How often each rank's seconds of computing are measured; 0 is never."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,9 +172,33 @@ class LayoutSettings:
     virtual_pipeline_parallel: Recorded[int] = 1
     """Model chunks a pipeline rank holds; 1 is the plain schedule."""
     sequence_parallel: Recorded[bool] = False
+    context_parallel: Recorded[int] = 1
+    """Ranks that share each sequence, of which each has an early and a late part."""
     micro_batch_size: Recorded[int] = 1
     global_batch_size: Fixed[int] = 1024
     """Sequences a step, over all ranks."""
+    overlap_gradient_reduce: Recorded[bool] = False
+    """Whether gradients are reduced over the replicas while the rest of the backward pass is computed."""
+    overlap_parameter_gather: Recorded[bool] = False
+    """Whether the new weights are gathered while the next forward pass is computed; needs the former."""
+    bucket_parameters: Recorded[int] = 0
+    """Parameters that are reduced at once with overlap; 0 is megatron-core's own choice, 40 million or more."""
+    recompute: Recorded[Literal["none", "selective", "full"]] = "none"
+    """What the backward pass computes again instead of keeping it: nothing, the core of attention, or whole layers."""
+    recompute_method: Recorded[Literal["uniform", "block"]] = "uniform"
+    """With `full`: `uniform` cuts the layers of a model chunk into groups of `recompute_layers` and keeps each group's
+    input; `block` recomputes the first `recompute_layers` of a chunk and keeps all of the others."""
+    recompute_layers: Recorded[int] = 1
+    """Layers, as the method says."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileSettings:
+    """Which steps of which ranks are traced with torch's profiler; nothing of it is loaded where none are."""
+
+    steps: Free[str] = ""
+    """First and last step, `20-22`, or one, `20`; counted from 1 as everywhere. Empty traces none."""
+    ranks: Free[tuple[int, ...]] = (0,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,6 +375,8 @@ class RunSettings:
     training: TrainingSettings
     layout: LayoutSettings = LayoutSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    profile: ProfileSettings = ProfileSettings()
+    numerics: NumericsSettings = NumericsSettings()
     cluster: ClusterSettings
     tracking: TrackingSettings = TrackingSettings()
     paths: PathSettings = PathSettings()

@@ -23,6 +23,8 @@ from orchestrator.errors import OrchestrateError, TrackingError
 from orchestrator.events import (
     CheckpointEvent,
     Event,
+    GuardEvent,
+    RankTimesEvent,
     SaveEvent,
     StepEvent,
     ValidationEvent,
@@ -31,6 +33,7 @@ from orchestrator.events import (
 from orchestrator.files import read_json, write_json
 from orchestrator.owner_lock import renew
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
+from orchestrator.spikes import skipped_steps
 from orchestrator.tracking_store import artifact_location
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,11 @@ STEP_METRICS: dict[str, Callable[[StepEvent], float]] = {
 }
 VALIDATION_LOSS = "validation/loss"
 CHECKPOINT_STALL = "checkpoint/stall_seconds"
+SKIPPED_STEPS = "numerics/skipped_steps"
+"""Of which the saved weights do not have the gradients."""
+SPIKE_SCORE = "numerics/spike_score"
+SLOWEST_RANK = "numerics/slowest_rank_over_median"
+"""Of the seconds that ranks computed."""
 
 RUN_ID_TAG = "orchestrate.run_id"
 
@@ -353,10 +361,20 @@ def _values_of(event: Event) -> dict[str, float]:
     if isinstance(event, StepEvent):
         return {name: value_of(event) for name, value_of in STEP_METRICS.items()}
     if isinstance(event, ValidationEvent):
-        return {VALIDATION_LOSS: event.loss}
+        own = {f"validation/{_metric_name(name)}/loss": loss for name, loss in event.losses.items()}
+        return {VALIDATION_LOSS: event.loss, **(own if len(own) > 1 else {})}
     if isinstance(event, SaveEvent):
-        return {CHECKPOINT_STALL: event.stall_seconds}
+        return {CHECKPOINT_STALL: event.stall_seconds, SKIPPED_STEPS: skipped_steps(event.skipped)}
+    if isinstance(event, GuardEvent):
+        return {SPIKE_SCORE: event.score} if event.score is not None else {}
+    if isinstance(event, RankTimesEvent):
+        return {SLOWEST_RANK: event.slowest_seconds / event.median_seconds if event.median_seconds else 1.0}
     return {}
+
+
+def _metric_name(text: str) -> str:
+    """Return a text with what MLflow allows in a name."""
+    return re.sub(r"[^\w\-. /]", "_", text)[:250]
 
 
 def _status(outcome: Mapping[str, Any] | None) -> str:
@@ -386,7 +404,7 @@ def _flatten_plan(plan: Mapping[str, Any]) -> dict[str, str]:
                 walk(f"{prefix}.{key}" if prefix else str(key), item)
         else:
             text = value if isinstance(value, str) else json.dumps(value)
-            name = re.sub(r"[^\w\-. /]", "_", prefix)[:250]
+            name = _metric_name(prefix)
             found[name] = text if len(text) <= LONGEST_PARAM else text[: LONGEST_PARAM - 1] + "…"
 
     walk("", plan.get("settings", {}))

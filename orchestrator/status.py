@@ -8,11 +8,16 @@ from typing import Any
 
 from orchestrator.attempt_record import attempt_record, last_heard
 from orchestrator.checkpoints import complete_checkpoints
+from orchestrator.doubts import in_words, skipped, slowest_rank
 from orchestrator.events import (
     DamageEvent,
+    DataWaitEvent,
     EndEvent,
     Event,
+    GuardEvent,
+    ProfileEvent,
     RepeatEvent,
+    ReplicaEvent,
     StartEvent,
     StepEvent,
     ValidationEvent,
@@ -84,9 +89,15 @@ class RunStatus:
     loss: float | None
     validation_loss: float | None
     first_validation_loss: float | None
+    validation_losses: dict[str, float]
+    """The newest of each held-out data set by its name."""
     tokens_per_second: float | None
     tflops_per_gpu: float | None
     mfu: float | None
+    skipped_steps: int
+    """Whose gradients the newest weights do not have; their samples count as consumed."""
+    slowest_rank: str
+    """Of the newest sample, in words; empty before the first."""
     last_event: float | None
     """Unix time of the newest event of the ranks."""
     last_checkpoint: str | None
@@ -105,6 +116,10 @@ class RunStatus:
     cost: float | None
     """Of all that was held, where the cluster has a price."""
     is_on_gpus: bool
+    traces: tuple[str, ...]
+    """Files of the steps that were profiled last."""
+    traced: str
+    """Which steps those are: 20-22."""
     excluded: tuple[str, ...]
     """Nodes that were bad since a person last started the run, and that it gets no more."""
     attempt_list: tuple[AttemptStatus, ...]
@@ -123,14 +138,16 @@ def read_status(run: RunDirectory) -> RunStatus:
     told = [[event for _, event in read_events(attempt.events)] for attempt in attempts]
     events = [event for of_attempt in told for event in of_attempt]
     steps = [event for event in events if isinstance(event, StepEvent)]
-    held_out = [event.loss for event in events if isinstance(event, ValidationEvent)]
+    held_out = [event for event in events if isinstance(event, ValidationEvent)]
     checkpoints = complete_checkpoints(run)
     known = [e.step for e in events if isinstance(e, StartEvent | StepEvent | EndEvent)]
     step = known[-1] if known else checkpoints[-1].step if checkpoints else 0  # of a branch before its first attempt
     last = steps[-1] if steps else None
-    recent = [event.step_seconds for event in steps[-20:]]
+    recent = steps[-20:]
     goes_on = standing.state == State.RUNNING and records.cancel_asked is None
-    left = (plan.total_steps - step) * sum(recent) / len(recent) if recent and goes_on else None
+    recent_tokens = sum(plan.consumed_tokens(event.step) - plan.consumed_tokens(event.step - 1) for event in recent)
+    tokens_left = plan.total_tokens - plan.consumed_tokens(step)
+    left = tokens_left * sum(event.step_seconds for event in recent) / recent_tokens if recent and goes_on else None
     # Where each attempt's successor began; the newest has none, and what it has not saved would be done again.
     begun_from = [*map(_begun_from, told[1:]), None]
     attempt_list = tuple(
@@ -145,7 +162,9 @@ def read_status(run: RunDirectory) -> RunStatus:
         for attempt, record, of_attempt, begun in zip(attempts, records.attempts, told, begun_from, strict=False)
     )
     ledger = total(attempt.ledger for attempt in attempt_list if attempt.ledger is not None)
+    slowest, slow = slowest_rank(told[-1] if told else [])
     price = plan.settings.cluster.price_per_gpu_hour
+    traced, traces = _newest_traces(attempts, told)
     return RunStatus(
         name=run.name,
         path=run.path,
@@ -153,17 +172,20 @@ def read_status(run: RunDirectory) -> RunStatus:
         cause=str(standing.cause or ""),
         reason=standing.reason,
         next_command=standing.actions[0],
-        warnings=tuple(warning for event in events if (warning := _warning(event))),
+        warnings=tuple(dict.fromkeys(warning for warning in [*map(_warning, events), slow] if warning)),
         step=step,
         total_steps=plan.total_steps,
         attempts=len(attempts),
-        consumed_tokens=step * plan.tokens_per_step,
-        loss=last.loss if last else None,
-        validation_loss=held_out[-1] if held_out else None,
-        first_validation_loss=held_out[0] if held_out else None,
+        consumed_tokens=plan.consumed_tokens(step),
+        loss=next((event.loss for event in reversed(steps) if not event.is_skipped), None),
+        validation_loss=held_out[-1].loss if held_out else None,
+        first_validation_loss=held_out[0].loss if held_out else None,
+        validation_losses=dict(held_out[-1].losses) if held_out else {},
         tokens_per_second=last.tokens_per_second if last else None,
         tflops_per_gpu=last.tflops_per_gpu if last else None,
         mfu=last.mfu if last else None,
+        skipped_steps=skipped(told),
+        slowest_rank=slowest,
         last_event=events[-1].time if events else None,
         last_checkpoint=checkpoints[-1].name if checkpoints else None,
         last_checkpoint_step=checkpoints[-1].step if checkpoints else None,
@@ -175,6 +197,8 @@ def read_status(run: RunDirectory) -> RunStatus:
         effective_share=ledger.effective_share,
         cost=None if price is None else ledger.cost(price),
         is_on_gpus=plan.settings.cluster.device == "cuda",
+        traces=traces,
+        traced=traced,
         excluded=excluded_nodes(run),
         attempt_list=attempt_list,
     )
@@ -214,7 +238,21 @@ def _warning(event: Event) -> str:
             f"step {event.step}, done again, has loss {event.loss:.6f}, recorded was {event.recorded_loss:.6f}: "
             f"{event.relative_difference:.1e} apart, noise is {event.noise:.0e}: hardware or nondeterminism"
         )
-    return ""
+    if isinstance(event, DataWaitEvent):
+        return event.message
+    return in_words(event) if isinstance(event, GuardEvent | ReplicaEvent) else ""
+
+
+def _newest_traces(
+    attempts: Sequence[AttemptDirectory], told: Sequence[Sequence[Event]]
+) -> tuple[str, tuple[str, ...]]:
+    """Return the steps that were profiled last, and the files of their traces; nothing where none were."""
+    for attempt, events in zip(reversed(attempts), reversed(told), strict=True):
+        for event in reversed(events):
+            if isinstance(event, ProfileEvent):
+                files = tuple(str(attempt.rank_trace(rank)) for rank in event.ranks)
+                return f"{event.first_step}-{event.last_step}", files
+    return "", ()
 
 
 def _begun_from(events: Sequence[Event]) -> int | None:

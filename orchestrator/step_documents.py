@@ -22,7 +22,6 @@ from orchestrator.events import StepEvent, read_events
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.tokenize.decoder import load_decoder
-from orchestrator.tokenize.manifest import read_manifest
 from orchestrator.tokenize.shard_reader import ShardReader
 
 SHOWN_TOKENS = 40
@@ -95,9 +94,9 @@ def step_documents(
         raise RunError(f"run {run.name} has not done step {step}{before}; see `orchestrate status {run.name}`")
     plan = read_plan(done[-1].plan)
     request = request_of(plan)
-    folder = index_of(run, plan, request, index)
-    first = plan.consumed_samples(step - 1)
-    size = plan.consumed_samples(step) - first
+    first, end = plan.consumed_samples(step - 1), plan.consumed_samples(step)
+    folder = index_of(run, plan, request, end, index)
+    size = end - first
     reader = SampleReader(request, folder)
     return StepDocuments(
         step=step,
@@ -112,10 +111,13 @@ def _has_done(attempt: AttemptDirectory, step: int) -> bool:
     return any(isinstance(event, StepEvent) and event.step == step for _, event in read_events(attempt.events))
 
 
-def index_of(run: RunDirectory, plan: TrainingPlan, request: SampleRequest, given: Path | None = None) -> Path:
-    """Return the folder with the training split's index for an attempt's samples.
+def index_of(
+    run: RunDirectory, plan: TrainingPlan, request: SampleRequest, samples: int, given: Path | None = None
+) -> Path:
+    """Return the folder with the training split's index for the first samples of an attempt's.
 
-    An order begins the same however long it is, so that the index of a run that was prolonged since serves as well.
+    An order begins the same however long it is and whatever phases follow, so that the index of a run that was
+    prolonged since, or given another phase, serves as well.
 
     Raises:
         DataError: there is none, and how to make one.
@@ -125,7 +127,7 @@ def index_of(run: RunDirectory, plan: TrainingPlan, request: SampleRequest, give
     problems = []
     for folder in candidates:
         problem = index_problem(folder / "train", request.digests()["train"])
-        if not problem or (given is None and _is_of_a_longer_order(run, folder, request)):
+        if not problem or (given is None and _begins_the_same(run, folder, request, samples)):
             return folder / "train"
         problems.append(problem)
     if given is not None:
@@ -137,16 +139,21 @@ def index_of(run: RunDirectory, plan: TrainingPlan, request: SampleRequest, give
     )
 
 
-def _is_of_a_longer_order(run: RunDirectory, folder: Path, request: SampleRequest) -> bool:
-    """Return whether the folder's index was built for another attempt of the same order, for at least as many."""
+def _begins_the_same(run: RunDirectory, folder: Path, request: SampleRequest, samples: int) -> bool:
+    """Return whether the folder's index was built for another attempt, and has the same first samples."""
+    shards = request.train.prefixes
     for attempt in run.attempts():
         try:
             other = request_of(read_plan(attempt.plan))
         except (OSError, OrchestrateError):  # of a start that never came to it, or of another version
             continue
-        is_same_order = other.fingerprint == request.fingerprint and other.train.prefixes == request.train.prefixes
-        is_long_enough = other.train.samples >= request.train.samples
-        if is_same_order and is_long_enough and not index_problem(folder / "train", other.digests()["train"]):
+        is_same_order = other.fingerprint_at(samples) == request.fingerprint_at(samples)
+        is_long_enough = other.train.samples >= samples
+        # Both number the shards of their first phases the same.
+        both = min(len(shards), len(other.train.prefixes))
+        is_same_place = other.train.prefixes[:both] == shards[:both]
+        is_built = is_same_order and is_long_enough and is_same_place
+        if is_built and not index_problem(folder / "train", other.digests()["train"]):
             return True
     return False
 
@@ -159,9 +166,9 @@ class SampleReader:
         self._seed = request.seed
         self._places = SamplePlaces(request.train, folder)
         self._arrays = _epoch_arrays(folder)
-        self._manifests = {name: read_manifest(Path(name)) for name in request.data.train}
+        self._manifests = {str(Path(folder)): manifest for folder, manifest in request.manifests.items()}
         first = request.data.train[0]
-        self._decoder = load_decoder(Path(first) / self._manifests[first].tokenizer_file)
+        self._decoder = load_decoder(Path(first) / request.manifests[first].tokenizer_file)
         self._shards: dict[str, ShardReader] = {}
 
     def sample(self, number: int) -> SampleDocuments:

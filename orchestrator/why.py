@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from orchestrator.doubts import in_words
 from orchestrator.errors import OrchestrateError
-from orchestrator.events import DamageEvent, RepeatEvent, read_events
+from orchestrator.events import DamageEvent, GuardEvent, RepeatEvent, ReplicaEvent, read_events
 from orchestrator.exit_codes import Cause
 from orchestrator.files import read_json
 from orchestrator.plan import read_plan
@@ -31,6 +32,8 @@ SRUN_SAW = (Cause.RANK_KILLED, Cause.OUT_OF_MEMORY, Cause.START_FAILED)
 OFTEN = 2
 """How many failures on one node are no chance any more."""
 MANY_PREEMPTIONS = 5
+NEWEST_DOUBTS = 5
+"""Of an attempt's steps in doubt, those that are shown."""
 LOST_SHARE = 0.05
 """Of the wall time; more of it in lost steps is worth shorter intervals between checkpoints."""
 
@@ -40,7 +43,8 @@ class Evidence:
     """Something that was seen of an end."""
 
     source: str
-    """`rank 3`, `srun`, `slurm`, `node check`, `signal`, `node`, `supervisor`, `storage`, `checkpoint`, `file`."""
+    """`rank 3`, `srun`, `slurm`, `node check`, `signal`, `node`, `supervisor`, `storage`, `checkpoint`, `numerics`,
+    `file`."""
     text: str
 
 
@@ -98,6 +102,8 @@ class Left:
     """What ranks were asked for, and when."""
     checkpoints: tuple[str, ...] = ()
     """What is wrong with checkpoints or with repeated steps."""
+    numerics: tuple[str, ...] = ()
+    """Steps whose numbers were in doubt, and replicas that differed."""
     unreadable: tuple[str, ...] = ()
 
 
@@ -161,6 +167,7 @@ def read_left(attempt: AttemptDirectory, blamed: int | None = None) -> Left:
         srun=whole(attempt.srun_log, _text, ""),
         stop_request=whole(attempt.stop_request, _stop_words, ""),
         checkpoints=tuple(words for path in (attempt.events, attempt.supervisor_events) for words in _damage(path)),
+        numerics=tuple(_doubts(attempt.events))[-NEWEST_DOUBTS:],
         unreadable=tuple(unreadable),
     )
 
@@ -200,6 +207,13 @@ def _damage(path: Path) -> Iterator[str]:
                 f"step {event.step}, done again, has loss {event.loss:.6f}, recorded was "
                 f"{event.recorded_loss:.6f}: hardware or nondeterminism"
             )
+
+
+def _doubts(path: Path) -> Iterator[str]:
+    """Yield what ranks found of numbers that were not as they should be."""
+    for _, event in read_events(path):
+        if isinstance(event, GuardEvent | ReplicaEvent):
+            yield in_words(event)
 
 
 def blamed_first(failures: Sequence[Mapping[str, Any]], blamed: int | None) -> list[Mapping[str, Any]]:
@@ -337,6 +351,7 @@ def _evidence_in_files(status: AttemptStatus, left: Left) -> list[Evidence]:
         found.append(Evidence(source="srun", text=words))
     found += [Evidence(source="node check", text=finding) for finding in left.findings]
     found += [Evidence(source="checkpoint", text=text) for text in left.checkpoints]
+    found += [Evidence(source="numerics", text=text) for text in left.numerics]
     return found + [Evidence(source="file", text=text) for text in left.unreadable]
 
 

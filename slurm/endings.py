@@ -144,6 +144,8 @@ def explain_ending(
         silent = {rank: nodes[rank * len(nodes) // world_size] for rank in range(world_size) if rank not in told}
         ending = _hang(hung, silent)
         return dataclasses.replace(ending, exit_codes=codes)
+    if known and known[0]["exit_code"] == exit_codes.HARDWARE:
+        return _hardware(known[0], codes)
     if records:
         record = (known or records)[0]
         step = f" after step {record['step']}" if record["step"] is not None else " before the first step"
@@ -163,6 +165,18 @@ def explain_ending(
     cause = Cause.EXCEPTION if failed is None else CAUSE_OF_CODE[first[failed]]
     message = f"ranks ended with {dict(codes)} and left no record"
     return AttemptEnding(cause=cause, message=message, rank=failed, exit_codes=codes)
+
+
+def _hardware(record: Mapping[str, Any], codes: Mapping[int, int]) -> AttemptEnding:
+    """Say which rank computed wrongly; every rank writes down the same, and which they blame."""
+    ranks, hosts = record["blamed"]["ranks"], record["blamed"]["hosts"]
+    return AttemptEnding(
+        cause=Cause.HARDWARE,
+        message=_in_one_line(record["message"]),
+        rank=ranks[0] if hosts else None,
+        host=hosts[0] if hosts else None,
+        exit_codes=codes,
+    )
 
 
 def _waits(record: Mapping[str, Any]) -> bool:

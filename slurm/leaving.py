@@ -1,12 +1,13 @@
-"""How a run goes on in another job, and without the nodes that were bad in this one."""
+"""How a run goes on in another job, and without the nodes that were bad in this one, or computed wrongly in it."""
 
 import logging
 import time
 from collections.abc import Iterable
 
 from orchestrator.errors import SchedulerError
+from orchestrator.events import GuardEvent, ReplicaEvent, read_events
 from orchestrator.plan import TrainingPlan
-from orchestrator.run_directory import RunDirectory
+from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.slurm.history import excluded_nodes
 from orchestrator.slurm.job import OwnJob, exclude_nodes, job_facts, nodes_of_partition, requeue
 from orchestrator.slurm.stop_requests import StopRequests
@@ -21,6 +22,20 @@ EXCLUDE_SECONDS = 20.0
 """How long Slurm is asked to exclude nodes; it kills us before, where its KillWait is shorter."""
 
 log = logging.getLogger("supervisor")
+
+
+def nodes_that_computed_wrongly(attempt: AttemptDirectory) -> dict[str, str]:
+    """Return the nodes whose ranks an attempt's ranks found to compute wrongly, each with why."""
+    found: dict[str, str] = {}
+    for _, event in read_events(attempt.events):
+        if isinstance(event, GuardEvent) and event.origin == "hardware":
+            why = f"it computed step {event.step} wrongly (rank {', '.join(map(str, event.ranks))}: {event.differs})"
+        elif isinstance(event, ReplicaEvent) and event.is_majority:
+            why = f"its weights were not those of the other replicas after step {event.step}: {event.parameters[0]}"
+        else:
+            continue
+        found |= dict.fromkeys(event.hosts, why)
+    return found
 
 
 def nodes_to_leave(

@@ -68,7 +68,7 @@ def check_folders(plan: TrainingPlan) -> None:
         )
     if cluster.scheduler == "slurm" and cluster.nodes > 1 and not cluster.one_machine:
         named = [("paths.runs", settings.paths.runs)]
-        named += [("data.train", path) for path in settings.data.train]
+        named += [("data.train", path) for path in settings.data.training_folders]
         named += [("data.validation", path) for path in settings.data.validation]
         named += [("data.index", settings.data.index)] if settings.data.index else []
         named += [("base", settings.base)] if settings.base != RANDOM_BASE else []

@@ -189,7 +189,7 @@ def _pyxis_options(settings: RunSettings) -> list[str]:
 def _mounts(settings: RunSettings) -> list[str]:
     """Return what a container sees of the shared disk, at the same paths: the runs, data and base, and a site's own."""
     data, base, runs = settings.data, settings.base, settings.paths.runs
-    named = [*data.train, *data.validation, data.index, base if base != RANDOM_BASE else ""]
+    named = [*data.training_folders, *data.validation, data.index, base if base != RANDOM_BASE else ""]
     read = dict.fromkeys(path for path in named if path)
     # The runs' folder as a whole: in it lies the run with its code.
     return [f"{runs}:{runs}", *(f"{path}:{path}:ro" for path in read), *settings.cluster.container.mounts]

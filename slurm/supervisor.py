@@ -35,7 +35,7 @@ from orchestrator.slurm.allocation import Allocation, describe
 from orchestrator.slurm.endings import AttemptEnding
 from orchestrator.slurm.history import decide_on, excluded_nodes, newest_step, outcome_record
 from orchestrator.slurm.job import OwnJob, end_job, own_job, record_of_node, requeue
-from orchestrator.slurm.leaving import go_on_in_another_job, nodes_to_leave
+from orchestrator.slurm.leaving import go_on_in_another_job, nodes_that_computed_wrongly, nodes_to_leave
 from orchestrator.slurm.lost import close_lost
 from orchestrator.slurm.memory import OwnMemory
 from orchestrator.slurm.node_agent import node_name
@@ -174,7 +174,10 @@ class Supervisor:
             self._nodes.suspect(watched.host)
             if watched.cause == Cause.NODE_FAILED:
                 self._nodes.drop(watched.host, watched.message.removeprefix(f"node {watched.host}: "))
-        self._has_bad_nodes = watched.cause in (Cause.NODE_FAILED, Cause.NODE_CHECK)
+        if self._nodes is not None:
+            for node, why in nodes_that_computed_wrongly(attempt).items():
+                self._nodes.drop(node, why)
+        self._has_bad_nodes = watched.cause in (Cause.NODE_FAILED, Cause.NODE_CHECK, Cause.HARDWARE)
         enough = self._nodes is None or self._nodes.has_enough()
         ending = Ending(cause=watched.cause, saved_step=newest_step(self._run), enough_nodes=enough)
         decision = decide_on(self._run, attempt, ending, self._plan.settings)

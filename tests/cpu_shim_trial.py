@@ -73,7 +73,7 @@ def train(folder: Path, rank: int, without: str) -> None:
             mark_complete(folder / checkpoint_name(1, 1), facts(1, model=plan.settings.model), parts)
         torch.distributed.barrier()
         checkpoint.load_newest([read_checkpoint(folder / checkpoint_name(1, 1))], replica.pieces, lambda *_: None)
-        compat.publish_weights(replica.chunks, replica.optimizer, 1)
+        compat.publish_weights(replica.chunks, replica.optimizer, lambda frozen_steps: 1)
 
 
 def try_without(folder: Path, without: str) -> str:

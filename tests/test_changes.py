@@ -59,19 +59,19 @@ def test_no_override_is_no_change_whatever_the_defaults_are_by_now() -> None:
 def test_all_that_is_refused_is_named_at_once_and_the_rest_is_not() -> None:
     asked = ["training.seed=5", "model.num_layers=16", "data.train=other", "layout.micro_batch_size=2"]
     changes = changes_between(SETTINGS, recompose(SETTINGS, asked))
-    problems = change_problems(changes)
+    problems = change_problems(changes, other_data="others were read")
     text = "\n".join(problems)
     assert len(problems) == 3
     assert "training.seed: 1234 -> 5: fixed for ever, since the order of the samples follows from it" in text
     assert "model.num_layers: 8 -> 16: fixed for ever, since the weights have this shape" in text
-    assert "other data needs a phase" in text
+    assert "/other]: others were read" in text
 
 
 def test_the_same_data_elsewhere_is_no_other_data() -> None:
     changes = changes_between(SETTINGS, recompose(SETTINGS, ["data.train=moved"]))
-    assert change_problems(changes, is_same_data=True) == []
-    (problem,) = change_problems(changes, is_same_data=False)
-    assert "needs a phase" in problem
+    assert change_problems(changes) == []
+    (problem,) = change_problems(changes, other_data="others were read")
+    assert problem.endswith("/moved]: others were read")
 
 
 def test_a_branch_has_a_name_and_a_base_of_its_own_and_nothing_else_that_is_fixed() -> None:

@@ -189,7 +189,7 @@ def test_text_that_yaml_took_for_a_number_is_to_be_quoted(work: Path) -> None:
         ("training.tokens=true", "training.tokens should be a whole number, found True"),
         ("training.tokens=[", "training.tokens=[ should be YAML"),
         ("training.learning_rate=high", "training.learning_rate should be a number, found 'high'"),
-        ("training.decay=Cosine", "training.decay should be one of cosine, linear, constant, found 'Cosine'"),
+        ("training.decay=Cosine", "training.decay should be one of cosine, linear, constant, wsd, found 'Cosine'"),
         ("layout.sequence_parallel=2", "layout.sequence_parallel should be true or false, found 2"),
         ("cluster.environment=5", "cluster.environment should be a mapping, found 5"),
         ("data=5", "data should be a mapping of fields, found 5"),

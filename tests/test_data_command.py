@@ -398,14 +398,7 @@ def test_an_index_built_ahead_is_what_rank_0_builds(
     told = json.loads(orchestrate(capsys, "data", "index", "demo-base", *asked, *options))
     plan = make_plan(compose("demo-base", asked))
     request = request_of(plan)
-    open_samples(
-        plan.settings.data,
-        plan.settings.model,
-        seed=plan.settings.training.seed,
-        training_samples=request.train.samples,
-        validation_samples=8,
-        cache=tmp_path / "cache",
-    )
+    open_samples(request, tmp_path / "cache")
     assert len(same_files(output / "train", tmp_path / "cache" / "train")) > 50
     same_files(output / "validation", tmp_path / "cache" / "validation")
     paths = [path for path in output.rglob("*") if path.is_file()]
@@ -470,14 +463,7 @@ def test_an_index_of_other_samples_is_refused_before_anything_is_submitted(built
     plan = plan_with(built, "training.seed=7", "training.tokens=12800")
     for refuse in (
         lambda: check_inputs(plan),
-        lambda: open_samples(
-            plan.settings.data,
-            plan.settings.model,
-            seed=7,
-            training_samples=400,
-            validation_samples=8,
-            cache=built[0].parent / "cache",
-        ),
+        lambda: open_samples(request_of(plan), built[0].parent / "cache"),
     ):
         with pytest.raises(DataError, match="make one with `orchestrate data index") as raised:
             refuse()
@@ -572,14 +558,7 @@ def test_the_documents_of_a_step_are_the_tokens_that_megatron_gave_it(shown_run:
     from megatron_solar.data import open_samples
 
     run, plan = shown_run
-    opened = open_samples(
-        plan.settings.data,
-        plan.settings.model,
-        seed=plan.settings.training.seed,
-        training_samples=request_of(plan).train.samples,
-        validation_samples=8,
-        cache=run.data_index,
-    ).train
+    opened = open_samples(request_of(plan), run.data_index).train
     folders = {folder: read_manifest(Path(folder)) for folder in plan.settings.data.train}
     by_folder = {folder: documents_by_megatron(Path(folder), of) for folder, of in folders.items()}
     epochs, several = set(), 0

@@ -72,7 +72,7 @@ def reckon(events: Sequence[Event] = (), **different: Any) -> Ledger:
         "started": 100.0,
         "checking": None,
         "saved_step": 0,
-        "tokens_per_step": TOKENS_PER_STEP,
+        "consumed_tokens": lambda step: step * TOKENS_PER_STEP,
         "gpus": 8,
         "spare_gpus": 0,
         "ended": 1000.0,

@@ -7,11 +7,12 @@ Real data sets and megatron's own indexes, in this process. What an epoch should
 import dataclasses
 import json
 import os
+import shutil
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -27,14 +28,17 @@ from megatron_solar.sample_order import (
     BlendSource,
     OrderedSamples,
     build_index,
-    data_fingerprint,
     request_digest,
 )
+from megatron_solar.sample_request import request_samples
 from orchestrator.errors import DataError
 from orchestrator.model_shape import TransformerShape
 from orchestrator.settings import DataSettings
 from orchestrator.tokenize.manifest import DatasetManifest, TokenShard, read_manifest
 from orchestrator.tokenize.stage import tokenize_corpus
+
+if TYPE_CHECKING:
+    from megatron_solar.data import Samples
 
 LENGTH = 128
 SEED = 11
@@ -81,10 +85,16 @@ def open_train(
     cache: Path, folders: Sequence[Path], samples: int, *, weights: tuple[float, ...] = (), seed: int = SEED
 ) -> OrderedSamples:
     """Open the training samples of data sets as a run does."""
+    data = DataSettings(train=tuple(map(str, folders)), weights=weights, sequence_length=LENGTH)
+    return open_data(cache, data, samples, seed=seed).train
+
+
+def open_data(cache: Path, data: DataSettings, samples: int, *, held_out: int = 0, seed: int = SEED) -> "Samples":
+    """Open the samples of data sets in one phase as a run does."""
     from megatron_solar.data import open_samples
 
-    data = DataSettings(train=tuple(map(str, folders)), weights=weights, sequence_length=LENGTH)
-    return open_samples(data, SHAPE, seed=seed, training_samples=samples, validation_samples=0, cache=cache).train
+    asked = request_samples(data, SHAPE, seed=seed, training_samples=samples, validation_samples=held_out)
+    return open_samples(asked, cache)
 
 
 def read(samples: OrderedSamples, count: int | None = None) -> list[bytes]:
@@ -317,12 +327,23 @@ def test_a_group_of_ranks_reads_what_one_process_alone_reads(
 
 
 def test_held_out_samples_are_ordered_the_same_way(tmp_path: Path, one_shard: Path, many_shards: Path) -> None:
-    from megatron_solar.data import open_samples
-
     data = DataSettings(train=(str(one_shard),), validation=(str(many_shards),), sequence_length=LENGTH)
-    opened = open_samples(data, SHAPE, seed=SEED, training_samples=8, validation_samples=40, cache=tmp_path / "both")
-    assert opened.validation is not None
-    assert read(opened.validation) == read(open_train(tmp_path / "alone", [many_shards], 40))
+    opened = open_data(tmp_path / "both", data, 8, held_out=40)
+    (held_out,) = opened.validation.values()
+    assert read(held_out) == read(open_train(tmp_path / "alone", [many_shards], 40))
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["train", "validation"]
+
+
+def test_each_held_out_data_set_has_samples_of_its_own(tmp_path: Path, one_shard: Path, many_shards: Path) -> None:
+    copy = shutil.copytree(one_shard, tmp_path / "copy" / many_shards.name)
+    data = DataSettings(
+        train=(str(one_shard),), validation=(str(many_shards), str(one_shard), str(copy)), sequence_length=LENGTH
+    )
+    opened = open_data(tmp_path / "cache", data, 8, held_out=20)
+    assert list(opened.validation) == ["json", "validation", "json-2"]
+    alone = {folder: read(open_train(tmp_path / folder.name, [folder], 20)) for folder in (many_shards, one_shard)}
+    of_each = [read(samples) for samples in opened.validation.values()]
+    assert of_each == [alone[many_shards], alone[one_shard], alone[one_shard]]
 
 
 def test_a_shard_below_one_sample_is_left_out_where_the_data_set_has_others(many_shards: Path) -> None:
@@ -356,10 +377,11 @@ def test_a_shard_that_is_not_what_its_manifest_says_is_an_error(tmp_path: Path) 
 
 
 def test_the_order_belongs_to_the_fingerprint(many_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = DataSettings(train=(str(many_shards),), sequence_length=LENGTH)
-    before = data_fingerprint(settings, [read_manifest(many_shards)], SEED)
+    data = DataSettings(train=(str(many_shards),), sequence_length=LENGTH)
+    asked = request_samples(data, SHAPE, seed=SEED, training_samples=8, validation_samples=0)
+    before = asked.fingerprint_at(8)
     monkeypatch.setattr("megatron_solar.sample_order.ORDER", ORDER + 1)
-    assert data_fingerprint(settings, [read_manifest(many_shards)], SEED) != before
+    assert asked.fingerprint_at(8) != before
 
 
 class Opener:

@@ -95,6 +95,7 @@ sizes = st.sampled_from([1, 2, 3, 4, 6, 8])
 layouts = st.builds(
     ParallelLayout,
     tensor_parallel=sizes,
+    context_parallel=sizes,
     pipeline_parallel=sizes,
     data_parallel=sizes,
     global_batch_size=st.just(48),
@@ -107,6 +108,7 @@ def test_every_rank_has_a_place_of_its_own(layout: ParallelLayout) -> None:
     places = {layout.coordinates(rank) for rank in range(layout.world_size)}
     assert len(places) == layout.world_size
     assert {place.tensor for place in places} == set(range(layout.tensor_parallel))
+    assert {place.context for place in places} == set(range(layout.context_parallel))
     assert {place.data for place in places} == set(range(layout.data_parallel))
     assert {place.pipeline for place in places} == set(range(layout.pipeline_parallel))
 
@@ -125,10 +127,10 @@ def rank_generator() -> type[Any]:
 @given(layout=layouts)
 def test_the_places_are_those_of_megatron_core(rank_generator: type[Any], layout: ParallelLayout) -> None:
     theirs = rank_generator(
-        tp=layout.tensor_parallel, ep=1, dp=layout.data_parallel, pp=layout.pipeline_parallel, cp=1,
-        order="tp-cp-ep-dp-pp",
+        tp=layout.tensor_parallel, ep=1, dp=layout.data_parallel, pp=layout.pipeline_parallel,
+        cp=layout.context_parallel, order="tp-cp-ep-dp-pp",
     )  # fmt: skip
-    for token, axis in (("tp", "tensor"), ("dp", "data"), ("pp", "pipeline")):
+    for token, axis in (("tp", "tensor"), ("cp", "context"), ("dp", "data"), ("pp", "pipeline")):
         for group in theirs.get_ranks(token):
             assert [getattr(layout.coordinates(rank), axis) for rank in group] == list(range(len(group)))
 
@@ -142,6 +144,13 @@ def test_a_step_is_worked_through_in_micro_batches() -> None:
 def test_a_layout_says_what_it_is() -> None:
     layout = ParallelLayout(tensor_parallel=2, pipeline_parallel=4, virtual_pipeline_parallel=3, global_batch_size=8)
     assert layout.describe() == "TP 2 × PP 4 (VPP 3) × DP 1"
+    everything = dataclasses.replace(
+        layout, context_parallel=2, sequence_parallel=True, overlap_gradient_reduce=True, recompute="full"
+    )
+    assert everything.describe() == (
+        "TP 2 × CP 2 × PP 4 (VPP 3) × DP 1, sequence parallel, overlapped gradient reduction, "
+        "full recompute (uniform 1)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,6 +160,8 @@ def test_a_layout_says_what_it_is() -> None:
         ((), 10_731_524_096 / 2 * (6 + 12 / 128) / 1e9),
         # fp32, one rank of everything: weight, gradient and two moments, 16 bytes a parameter.
         (("cluster=local", "layout.tensor_parallel=1", "training.precision=fp32"), 10_731_524_096 * 16 / 1e9),
+        # CP 4: the same, over the 128 ranks of DP 32 and CP 4.
+        (("layout.context_parallel=4",), 10_731_524_096 / 2 * (6 + 12 / 128) / 1e9),
         # PP 4: a quarter of the layers, one of the two embeddings, the last norm.
         (("layout.pipeline_parallel=4",), (12 * 218_112_000 + 131_072_000 + 4096) / 2 * (6 + 12 / 32) / 1e9),
     ],
@@ -170,7 +181,7 @@ def test_time_and_cost_follow_from_tokens_and_peak() -> None:
 
 
 def settings_of(
-    *, shape: TransformerShape, layout: LayoutSettings, nodes: int = 1, ranks: int = 8, length: int = 48
+    *, shape: TransformerShape, layout: LayoutSettings, nodes: int = 1, ranks: int = 8, length: int = 144
 ) -> RunSettings:
     cluster = ClusterSettings(name="c", scheduler="slurm", device="cuda", nodes=nodes, ranks_per_node=ranks)
     data = DataSettings(train=("a",), sequence_length=length)
@@ -180,31 +191,35 @@ def settings_of(
 
 small = st.integers(min_value=1, max_value=4)
 SHAPE_FIELDS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-LAYOUT_FIELDS = ("tensor_parallel", "pipeline_parallel", "virtual_pipeline_parallel", "micro_batch_size",
-                 "global_batch_size")  # fmt: skip
+LAYOUT_FIELDS = ("tensor_parallel", "pipeline_parallel", "virtual_pipeline_parallel", "context_parallel",
+                 "micro_batch_size", "global_batch_size", "recompute_layers")  # fmt: skip
 
 
 @st.composite
 def good_requests(draw: st.DrawFn) -> RunSettings:
     """Draw settings whose sizes all divide."""
     tensor, pipeline, nodes = draw(st.sampled_from([1, 2, 3, 4])), draw(small), draw(small)
-    ranks = tensor * draw(small) * (1 if nodes % pipeline == 0 else pipeline)
+    context = draw(st.sampled_from([1, 2, 3]))  # a sequence has 144 tokens, which 2 x 3 x 4 divides
+    ranks = tensor * context * draw(small) * (1 if nodes % pipeline == 0 else pipeline)
     virtual = draw(st.sampled_from([1, 2, 3])) if pipeline > 1 else 1
-    data, micro = nodes * ranks // (tensor * pipeline), draw(small)
+    data, micro = nodes * ranks // (tensor * context * pipeline), draw(small)
     is_shared = draw(st.booleans())  # a KV group by several ranks, which then split its rows evenly
     groups = draw(st.sampled_from(divisors(tensor))) if is_shared else tensor * draw(small)
     heads = math.lcm(groups, tensor) * draw(small)
     head_dim = draw(st.none() | st.sampled_from([2 * tensor, 4 * tensor]))
     hidden = draw(st.integers(min_value=1, max_value=50)) if head_dim else 2 * tensor * heads * draw(small)
+    held, method = draw(small), draw(st.sampled_from(["uniform", "block"]))
+    again = draw(st.sampled_from(divisors(held) if method == "uniform" else range(1, held + 1)))
     shape = TransformerShape(
-        num_layers=pipeline * virtual * draw(small), hidden_size=hidden, ffn_hidden_size=tensor * draw(small),
+        num_layers=pipeline * virtual * held, hidden_size=hidden, ffn_hidden_size=tensor * draw(small),
         num_attention_heads=heads, num_query_groups=groups, head_dim=head_dim,
-        vocab_size=draw(st.integers(min_value=1, max_value=1000)), max_position_embeddings=48,
+        vocab_size=draw(st.integers(min_value=1, max_value=1000)), max_position_embeddings=144,
     )  # fmt: skip
     layout = LayoutSettings(
         tensor_parallel=tensor, pipeline_parallel=pipeline, virtual_pipeline_parallel=virtual,
-        sequence_parallel=draw(st.booleans()), micro_batch_size=micro,
+        context_parallel=context, sequence_parallel=draw(st.booleans()), micro_batch_size=micro,
         global_batch_size=micro * data * pipeline * draw(small),
+        recompute="full", recompute_method=method, recompute_layers=again,
     )  # fmt: skip
     return settings_of(shape=shape, layout=layout, nodes=nodes, ranks=ranks)
 
@@ -271,6 +286,10 @@ def test_a_layout_without_problems_divides_everything(request: RunSettings) -> N
     assume(not settings_problems(request))
     shape, layout = request.model, build_layout(request)
     tensor, pipeline = layout.tensor_parallel, layout.pipeline_parallel
+    parts = 2 * layout.context_parallel if layout.context_parallel > 1 else 1
+    assert request.data.sequence_length % parts == 0
+    if layout.sequence_parallel:
+        assert request.data.sequence_length // layout.context_parallel % tensor == 0
     assert layout.world_size == request.cluster.nodes * request.cluster.ranks_per_node
     assert shape.head_dim is not None or shape.head_size * shape.num_attention_heads == shape.hidden_size
     assert shape.num_attention_heads % tensor == shape.ffn_hidden_size % tensor == 0
@@ -294,6 +313,14 @@ def test_a_layout_without_problems_divides_everything(request: RunSettings) -> N
         (("layout.pipeline_parallel=4", "layout.virtual_pipeline_parallel=5"),
          "use virtual_pipeline_parallel 2, 3, 4 or 6"),
         (("layout.virtual_pipeline_parallel=2",), "use virtual_pipeline_parallel 1"),
+        (("layout.context_parallel=3",), "use context_parallel 1, 2, 4 or 8"),
+        (("data.sequence_length=4092", "layout.context_parallel=4"), "use context_parallel 1, 2, 3 or 6"),
+        (("layout.overlap_parameter_gather=true",), "needs overlap_gradient_reduce=true"),
+        (("layout.bucket_parameters=1000000",), "set overlap_gradient_reduce=true, or bucket_parameters=0"),
+        (("layout.recompute_layers=4",), "recompute=full, found none"),
+        (("layout.recompute=full", "layout.recompute_layers=5"), "use recompute_layers 2, 3, 4 or 6"),
+        (("layout.recompute=full", "layout.recompute_method=block", "layout.recompute_layers=60"),
+         "use recompute_layers 45, 46, 47 or 48"),
         (("layout.global_batch_size=1000",), "use global_batch_size 896 or 1024"),
         (("layout.micro_batch_size=3",), "use global_batch_size 768 or 1152"),
         (("model.num_attention_heads=48",), "use num_attention_heads 8, 16, 32 or 64"),

@@ -136,7 +136,12 @@ def make_attempt(
         if step in checkpoints:
             name = checkpoint_name(step, number)
             loss = 5 / step + number / 1e6
-            events.append(ValidationEvent(time=moment, step=step, loss=loss, samples=8, consumed_tokens=0, seconds=0.1))
+            of_each = {"web": loss - 0.1, "code & more": loss + 0.1}
+            events.append(
+                ValidationEvent(
+                    time=moment, step=step, loss=loss, losses=of_each, samples=16, consumed_tokens=0, seconds=0.1
+                )
+            )
             events.append(
                 SaveEvent(
                     time=moment,
@@ -214,6 +219,8 @@ def test_two_attempts_are_one_run_with_each_step_once(run: RunDirectory, store: 
     for key in STEP_METRICS:
         assert steps_of(store, key) == list(range(1, 41)), key
     assert steps_of(store, "validation/loss") == [10, 20, 30, 40]
+    for data_set in ("web", "code _ more"):
+        assert steps_of(store, f"validation/{data_set}/loss") == [10, 20, 30, 40]
     assert steps_of(store, "checkpoint/stall_seconds") == [10, 20, 30, 40]
     first, repeated, later = (
         rows(store, f"select value, timestamp from metrics where key = 'train/loss' and step = {step}")[0]
@@ -222,7 +229,7 @@ def test_two_attempts_are_one_run_with_each_step_once(run: RunDirectory, store: 
     assert first == (10 / 20 + 1e-6, (STARTED + 1020) * 1000)
     assert repeated == (10 / 23 + 1e-6, (STARTED + 1023) * 1000), "the first telling of a repeated step stays"
     assert later == (10 / 30 + 2e-6, (STARTED + 2030) * 1000)
-    assert report.metrics == 10 * 40 + 4 + 4
+    assert report.metrics == 10 * 40 + 3 * 4 + 2 * 4  # of each step, validation and save
     assert report.checkpoints == 4
     tags = dict(rows(store, "select key, value from tags"))
     assert tags["orchestrate.attempts"] == "2"

@@ -1,4 +1,4 @@
-"""`orchestrate data`: look into data sets, merge them, build a run's sample index ahead, see what a step saw."""
+"""`orchestrate data`: look into data sets, merge them, build a run's sample index ahead, see what was read."""
 
 import shlex
 from collections.abc import Callable
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from megatron_solar.sample_request import SampleRequest
 
 
-@click.group(short_help="Look into data sets, merge them, index them, see what a step saw.")
+@click.group(short_help="Look into data sets, merge them, index them, see what a run has read.")
 def command() -> None:
-    """Look into data sets, merge them, build a run's sample index ahead, see what a step saw."""
+    """Look into data sets, merge them, build a run's sample index ahead, see what a run or a step has read."""
 
 
 @command.command(short_help="Show what a data set holds, and check every byte.")
@@ -193,6 +193,35 @@ def _build(request: "SampleRequest", output: Path, workers: int | None) -> bool:
             bars[split](done, total)
 
         return build_ahead(request, output, each, show)
+
+
+@command.command(short_help="Show what a run has read of which data set in which phase.")
+@click.argument("run", default="last")
+@click.option("--index", type=click.Path(path_type=Path), help="Index to read, where the run's own is gone.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def ledger(run: str, index: Path | None, as_json: bool) -> None:
+    """Show what RUN has read of which data set in which phase, and what it still will.
+
+    RUN is a name, a unique prefix of one, the path of a run folder, or `last`. Samples are counted in the run's sample
+    index; steps that were done again count once, those whose gradients were dropped count and are named as well.
+    """
+    from orchestrator.commands.data_screen import show_ledger
+    from orchestrator.config import paths_in_force
+    from orchestrator.data_ledger import data_ledger
+    from orchestrator.run_directory import find_run
+    from orchestrator.screen import print_json, print_next
+    from orchestrator.values import to_plain
+
+    found = find_run(run, Path(paths_in_force().runs))
+    counted = data_ledger(found, index)
+    if as_json:
+        print_json(to_plain(counted))
+        return
+    show_ledger(counted)
+    if counted.step:
+        print_next(f"orchestrate data show {found.name} --step {counted.step}")
+    else:
+        print_next(f"orchestrate status {found.name}")
 
 
 @command.command(short_help="Show which documents a step of a run saw.")

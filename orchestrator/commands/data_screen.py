@@ -1,4 +1,4 @@
-"""What `orchestrate data` shows on a terminal: data sets, bad records, and the documents of a step."""
+"""What `orchestrate data` shows on a terminal: data sets, bad records, what a run has read, the documents of a step."""
 
 import textwrap
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from orchestrator.data_ledger import DataLedger, LedgerEntry
 from orchestrator.screen import WIDTH, print_facts, print_table
 from orchestrator.step_documents import StepDocuments
 from orchestrator.tokenize.decoder import printable
@@ -15,6 +16,8 @@ from orchestrator.units import format_bytes, format_count
 
 SHARDS_SHOWN = 20
 EXAMPLE_CHARACTERS = 70
+NAME_CHARACTERS = 20
+"""Of a data set in the ledger's table."""
 
 
 def show_inspection(
@@ -74,6 +77,55 @@ def show_inspection(
         if document.shown_tokens < document.tokens:
             click.echo(f"  ... {document.tokens - document.shown_tokens:,} tokens more (--tokens)")
     click.echo()
+
+
+def show_ledger(ledger: DataLedger) -> None:
+    """Print what a run has read of each data set in each phase."""
+    saved = "the newest checkpoint" if ledger.is_saved else "not saved yet"
+    share = ledger.samples / ledger.planned_samples
+    facts = [
+        ("read", f"{ledger.samples:,} of {ledger.planned_samples:,} samples ({share:.1%}), {ledger.tokens:,} tokens"),
+        ("up to", f"step {ledger.step:,}, {saved}"),
+        ("fingerprint", ledger.data_fingerprint[:16]),
+    ]
+    if ledger.skipped_steps:
+        dropped = sum(entry.skipped_samples for entry in ledger.entries)
+        steps = "1 step" if ledger.skipped_steps == 1 else f"{ledger.skipped_steps:,} steps"
+        facts.append(("skipped", f"{steps}, {dropped:,} of these samples: their gradients were dropped"))
+    facts += [
+        (f"phase {phase.number}", f"from step {phase.first_step:,} on, samples {phase.first_sample:,} to below "
+                                  f"{phase.end_sample:,}")
+        for phase in ledger.phases
+    ]  # fmt: skip
+    if any(entry.planned_samples is None for entry in ledger.entries):
+        facts.append(("planned", "not counted, since no attempt has built the index of the whole plan yet"))
+    print_facts(f"data of run {ledger.run}", facts)
+    click.echo()
+    print_table(
+        ("phase", "data set", "samples", "tokens", "epochs", "share", "asked", "skipped", "planned"),
+        [_ledger_row(entry) for entry in ledger.entries],
+        right=(2, 3, 4, 5, 6, 7, 8),
+    )
+    if len(ledger.phases) > 1:
+        click.echo()
+        click.echo(
+            "over all phases: " + ", ".join(f"{name} {count:.2f} epochs" for name, count in ledger.epochs.items())
+        )
+
+
+def _ledger_row(entry: LedgerEntry) -> tuple[str, ...]:
+    name = printable(entry.data_set)
+    return (
+        str(entry.phase),
+        name if len(name) <= NAME_CHARACTERS else name[: NAME_CHARACTERS - 1] + "…",
+        f"{entry.samples:,}",
+        format_count(entry.tokens),
+        f"{entry.epochs:.2f}",
+        "-" if entry.share is None else f"{entry.share:.2%}",
+        f"{entry.share_asked:.2%}",
+        f"{entry.skipped_samples:,}",
+        "-" if entry.planned_samples is None else format_count(entry.planned_samples),
+    )
 
 
 def show_step(run: str, seen: StepDocuments) -> None:

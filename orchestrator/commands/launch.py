@@ -22,6 +22,8 @@ from orchestrator.commands.request import (
 @click.option("--partition", help="Slurm's partition (cluster.partition).")
 @click.option("--time", "time_limit", metavar="H:MM:SS", help="Time limit of one job (cluster.time_limit).")
 @click.option("--from", "from_checkpoint", metavar="RUN[@STEP]", help="Go on from another run's checkpoint.")
+@click.option("--profile", metavar="FIRST-LAST", help="Steps to trace with torch's profiler (profile.steps).")
+@click.option("--profile-ranks", metavar="R,R", help="Ranks to trace (profile.ranks).  [default: 0]")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan, start nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask before GPU hours are spent.")
 @click.option("--wait", is_flag=True, help="Show progress until the run ends; leaving with Ctrl-C does not end it.")
@@ -39,6 +41,8 @@ def command(
     partition: str | None,
     time_limit: str | None,
     from_checkpoint: str | None,
+    profile: str | None,
+    profile_ranks: str | None,
     dry_run: bool,
     yes: bool,
     wait: bool,
@@ -70,6 +74,10 @@ def command(
 
     chosen = {"spare_nodes": spare_nodes, "partition": partition, "time_limit": time_limit}
     overrides = (*overrides, *(f"cluster.{name}={value}" for name, value in chosen.items() if value is not None))
+    if profile_ranks is not None and profile is None:
+        raise click.UsageError("--profile-ranks needs --profile, the steps to trace; add that, or leave it away")
+    overrides += (f"profile.steps={profile}",) if profile is not None else ()
+    overrides += (f"profile.ranks=[{profile_ranks}]",) if profile_ranks is not None else ()
     for_rehearsals = {"--ranks-per-node": ranks_per_node, "--steps": steps, "--faithful": faithful,
                       "--on-cluster": on_cluster, "--json": as_json}  # fmt: skip
     misplaced = [name for name, value in for_rehearsals.items() if value]

@@ -101,6 +101,7 @@ def _show_events(attempt: "AttemptDirectory", offsets: tuple[int, int]) -> tuple
 def event_line(event: "object") -> str:
     """Return an event in a line."""
     from orchestrator import events as e
+    from orchestrator.doubts import in_words
     from orchestrator.units import format_bytes, format_count, format_time
 
     assert isinstance(event, e.Event)
@@ -115,9 +116,11 @@ def event_line(event: "object") -> str:
         case e.StepEvent():
             what = (f"step {event.step}  loss {event.loss:.4f}  gradient norm {event.gradient_norm:.3f}  "
                     f"rate {event.learning_rate:.2e}  {format_count(event.tokens_per_second)} tokens/s  "
-                    f"MFU {event.mfu:.1%}")  # fmt: skip
+                    f"MFU {event.mfu:.1%}{'  skipped' if event.is_skipped else ''}")  # fmt: skip
         case e.ValidationEvent():
             what = f"step {event.step}  held-out loss {event.loss:.4f} over {event.samples} sequences"
+            if len(event.losses) > 1:
+                what += ": " + ", ".join(f"{name} {loss:.4f}" for name, loss in event.losses.items())
         case e.SaveEvent():
             what = f"step {event.step}  saves {event.name}, stood still for {event.stall_seconds:.2f} s"
         case e.CheckpointEvent():
@@ -134,6 +137,16 @@ def event_line(event: "object") -> str:
             what = f"{steps}, largest relative difference {event.relative_difference:.1e} (step {event.step})"
             if event.is_beyond_noise:
                 what += f", beyond the noise of {event.noise:.0e}: hardware or nondeterminism"
+        case e.GuardEvent() | e.ReplicaEvent():
+            what = in_words(event)
+        case e.RankTimesEvent():
+            what = (f"step {event.step}  ranks computed {event.median_seconds:.3g} s (median), rank "
+                    f"{event.slowest_rank} on {event.slowest_host} {event.slowest_seconds:.3g} s")  # fmt: skip
+        case e.StageEvent():
+            what = (f"{event.files} files of shards are in {event.folder} on {event.host} after {event.seconds:.0f} s, "
+                    f"{format_bytes(event.copied_bytes)} of {format_bytes(event.bytes)} copied")  # fmt: skip
+        case e.DataWaitEvent():
+            what = event.message
         case e.EndEvent():
             what = f"leaves after step {event.step}: {event.reason}"
     return f"{when}  {what}"

@@ -14,18 +14,19 @@ if TYPE_CHECKING:
 @request_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def command(recipe: str, overrides: tuple[str, ...], nodes: int | None, as_json: bool) -> None:
-    """Show layout, memory, steps and cost of RECIPE, without starting anything.
+    """Show layout, memory, schedule, steps and cost of RECIPE, without starting anything.
 
     RECIPE is a name in conf/recipe or the path of a YAML file; OVERRIDES read section.field=value.
     Data and base are not looked at: `orchestrate launch` does.
     """
     from orchestrator.plan import make_plan
+    from orchestrator.schedule_table import schedule_rows
     from orchestrator.screen import print_json, print_next
     from orchestrator.values import to_plain
 
     plan = make_plan(requested_settings(recipe, overrides, nodes))
     if as_json:
-        print_json(to_plain(plan))
+        print_json({**to_plain(plan), "schedule": to_plain(schedule_rows(plan))})
         return
     show_plan(plan)
     print_next(launch_command(recipe, overrides, nodes))
@@ -53,11 +54,9 @@ def show_plan(plan: "TrainingPlan") -> None:
     )
     if cluster.spare_nodes:
         place += f", and {cluster.spare_nodes} spare node{'s' if cluster.spare_nodes > 1 else ''} that idle"
-    batch = f"{layout.global_batch_size} sequences of {settings.data.sequence_length}"
+    ramp = "at last " if training.batch_ramp else ""
+    batch = f"{ramp}{layout.global_batch_size} sequences of {settings.data.sequence_length}"
     batch += f" = {format_count(plan.tokens_per_step)} tokens a step, {layout.num_microbatches} micro-batches"
-    rate = f"{training.learning_rate:g}, {training.decay} to {training.minimum_learning_rate:g}"
-    if training.decay == "constant":
-        rate = f"{training.learning_rate:g}, constant"
     interval, count = settings.checkpoint.interval_steps, kept_at_most(plan.total_steps, settings.checkpoint)
     checkpoints = f"{format_bytes(plan.checkpoint_bytes)} every {interval} steps, at most {count} at once"
     disk = f"{format_bytes(count * plan.checkpoint_bytes)} of checkpoints"
@@ -69,11 +68,14 @@ def show_plan(plan: "TrainingPlan") -> None:
         ("base", _with_note(settings.base)),
         ("model", f"{shape.num_layers} layers of {shape.hidden_size}, {plan.parameters:,} parameters"),
         ("data", ", ".join(map(_with_note, settings.data.train))),
+        *(
+            ("phase", f"from {format_count(phase.from_tokens)} tokens on: {', '.join(map(_with_note, phase.train))}")
+            for phase in settings.data.phases
+        ),
         ("cluster", f"{cluster.name}: {place}"),
         ("layout", layout.describe()),
         ("batch", f"{batch} of {layout.micro_batch_size} a pipeline"),
         ("steps", f"{plan.total_steps:,} for {format_count(plan.total_tokens)} tokens, {training.precision}"),
-        ("rate", f"{rate}, warm-up over {training.warmup_share:.1%} of the steps"),
         ("FLOPs", f"{flops} a token, forward and backward, causal half of the attention"),
         ("memory", memory),
         ("checkpoint", checkpoints),
@@ -81,6 +83,7 @@ def show_plan(plan: "TrainingPlan") -> None:
         ("job", f"{cluster.time_limit} each, told to save {cluster.warning_seconds} s before its end"),
     ]
     print_facts(settings.name, facts)
+    _show_schedule(plan)
     rows = []
     for mfu in MFU_SCENARIOS:
         seconds = plan.seconds_at(mfu)
@@ -91,6 +94,28 @@ def show_plan(plan: "TrainingPlan") -> None:
             rows.append((f"{mfu:.0%}", f"{speed:,.0f}", format_duration(seconds), f"{hours:,.0f}", cost))
     if rows:
         print_table(("if MFU were", "tokens/s a GPU", "time", "GPU hours", "cost"), rows, right=(1, 2, 3, 4))
+
+
+def _show_schedule(plan: "TrainingPlan") -> None:
+    """Print rate and batch over tokens as lines, and what holds from which step to which."""
+    from orchestrator.schedule_table import schedule_lines, schedule_rows
+    from orchestrator.screen import print_facts, print_table
+    from orchestrator.units import format_count
+
+    print_facts("", [(f"{name:<10}", line) for name, line in schedule_lines(plan, 60)])
+    rows = []
+    for row in schedule_rows(plan):
+        values = [value for value in (row.begins_with, row.ends_with) if value is not None]
+        ends = [f"{value:,}" if isinstance(value, int) else f"{value:.3g}" for value in values]
+        rows.append(
+            (
+                row.what,
+                f"{row.first_step:,} to {row.last_step:,}",
+                f"{format_count(row.first_token)} to {format_count(row.last_token)}",
+                " to ".join(dict.fromkeys(ends)),
+            )
+        )
+    print_table(("schedule", "steps", "tokens", "rate or sequences"), rows)
 
 
 def _with_note(folder: str) -> str:

@@ -27,9 +27,10 @@ def request_options(function: F) -> F:
 def requested_settings(recipe: str, overrides: Sequence[str], nodes: int | None) -> "RunSettings":
     """Return the checked settings of a request; of its words the one without an `=` is the recipe."""
     from orchestrator.config import compose
+    from orchestrator.named_layers import with_layers_named
 
     named, given = request_words(recipe, overrides, nodes)
-    return compose(named or DEFAULT_RECIPE, given)
+    return with_layers_named(compose(named or DEFAULT_RECIPE, given))
 
 
 def requested_branch(
@@ -38,6 +39,7 @@ def requested_branch(
     """Return where a run goes on from, and its settings: those of the other run, or of a recipe that was named."""
     from orchestrator.config import compose, recompose
     from orchestrator.launch import BranchPoint
+    from orchestrator.named_layers import with_layers_named
     from orchestrator.plan import read_plan
 
     run, checkpoint = requested_checkpoint(reference)
@@ -45,9 +47,10 @@ def requested_branch(
     is_named = source is not None and source.name != "DEFAULT"
     named, given = request_words(recipe if is_named else "", overrides, nodes)
     if named:
-        return BranchPoint(run=run, checkpoint=checkpoint), compose(named, given)
+        return BranchPoint(run=run, checkpoint=checkpoint), with_layers_named(compose(named, given))
     own_name = [f"name={run.name}-from-{checkpoint.step}"]
-    return BranchPoint(run=run, checkpoint=checkpoint), recompose(read_plan(run.plan).settings, [*own_name, *given])
+    settings = recompose(read_plan(run.plan).settings, [*own_name, *given])
+    return BranchPoint(run=run, checkpoint=checkpoint), with_layers_named(settings)
 
 
 def request_words(recipe: str, overrides: Sequence[str], nodes: int | None) -> tuple[str, list[str]]:

@@ -77,6 +77,8 @@ def show_status(status: "RunStatus") -> None:
     held_out = number(status.validation_loss, ".4f")
     if status.first_validation_loss is not None and status.first_validation_loss != status.validation_loss:
         held_out += f" (at the start {status.first_validation_loss:.4f})"
+    if len(status.validation_losses) > 1:
+        held_out += ": " + ", ".join(f"{name} {loss:.4f}" for name, loss in status.validation_losses.items())
     speed = "-"
     if status.tokens_per_second is not None and status.tflops_per_gpu is not None and status.mfu is not None:
         speed = (f"{format_count(status.tokens_per_second)} tokens/s, {status.tflops_per_gpu:.3g} TFLOP/s a rank, "
@@ -91,10 +93,12 @@ def show_status(status: "RunStatus") -> None:
         ("step", f"{status.step:,} of {status.total_steps:,}, {format_count(status.consumed_tokens)} tokens"),
         ("loss", f"{number(status.loss, '.4f')}, held-out {held_out}"),
         ("speed", speed),
+        *_numbers(status),
         ("layout", status.layout),
         ("checkpoint", checkpoint),
         *_hours(status),
         *([("nodes", _nodes(status))] if status.attempt_list else []),
+        *_traces(status),
         ("folder", str(status.path)),
     ]
     if status.last_event is not None and status.state == "RUNNING":
@@ -204,6 +208,25 @@ def _hours(status: "RunStatus") -> list[tuple[str, str]]:
         spent += f"; at the cluster's price {_number(status.cost)}"
     shares = f"training {status.effective_share:.0%} of {format_duration(ledger.total_seconds)}"
     return [("time", ", ".join([shares, *others])), ("spent", spent)]
+
+
+def _numbers(status: "RunStatus") -> list[tuple[str, str]]:
+    """Return the lines on what the guards over the numbers have seen."""
+    found = []
+    if status.skipped_steps:
+        found.append(("skipped", f"the gradients of {status.skipped_steps:,} steps; their samples count as consumed"))
+    if status.slowest_rank:
+        found.append(("slowest", status.slowest_rank))
+    return found
+
+
+def _traces(status: "RunStatus") -> list[tuple[str, str]]:
+    """Return the line on where the traces of profiled steps are."""
+    if not status.traces:
+        return []
+    first, *others = status.traces
+    more = f" and of {len(others)} other ranks" if others else ""
+    return [("traces", f"steps {status.traced}: {first}{more}; open them in ui.perfetto.dev")]
 
 
 def _number(value: float) -> str:
