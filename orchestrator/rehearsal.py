@@ -82,7 +82,7 @@ def rehearsal_settings(
         real,
         name=f"{real.name[:LONGEST_NAME]}{SUFFIX}",
         model=shape,
-        data=dataclasses.replace(real.data, sequence_length=sequence, index=""),
+        data=dataclasses.replace(real.data, sequence_length=sequence, index="", stage_to=""),
         training=dataclasses.replace(
             real.training,
             tokens=steps * batch * sequence,
@@ -199,6 +199,7 @@ def _facts(settings: RunSettings) -> dict[str, str]:
     else:
         device = "CPU, gloo: nothing is learnt of kernels, NCCL, GPU memory or speed"
     grid = f"TP {layout.tensor_parallel} × PP {layout.pipeline_parallel}"
+    grid += f" × CP {layout.context_parallel}" if layout.context_parallel > 1 else ""
     grid += f" × VPP {layout.virtual_pipeline_parallel}" if layout.virtual_pipeline_parallel > 1 else ""
     container = cluster.container
     starts = f"forked on {cluster.name}" if cluster.fork_ranks else f"by {cluster.scheduler} on {cluster.name}"

@@ -1,13 +1,16 @@
-"""Traces of chosen steps and ranks, and what is refused before a run starts."""
+"""Traces of chosen steps and ranks, what is refused before a run starts, and how the loop's overhead is reckoned."""
 
 import gzip
+import itertools
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.loop_overhead import WARM_UP, compared, interval
 from orchestrator.commands.launch import command as launch_command
 from orchestrator.commands.status import show_status
 from orchestrator.config import compose, recompose
@@ -103,3 +106,15 @@ def test_the_command_takes_steps_and_ranks(tmp_path: Path, monkeypatch: pytest.M
     assert "profile.steps='2-1' should read" in str(result.exception) and "has [7]" in str(result.exception)
     result = CliRunner().invoke(launch_command, [*asked, "--profile-ranks", "0"])
     assert result.exit_code == 2 and "--profile-ranks needs --profile" in result.output
+
+
+def test_the_overhead_of_the_loop_is_told_from_neighbouring_blocks_whatever_drifts() -> None:
+    drift = [1.0 + 0.05 * number for number in range(22)]  # a machine that grows slower
+    bare = [4 * slower for slower in drift]
+    ours = [4 * 1.01 * (before + after) / 2 for before, after in itertools.pairwise(drift)]
+    found = compared(ours, bare, steps=4)
+    assert found.more == pytest.approx(0.01) and (found.low, found.high) == pytest.approx((0.01, 0.01))
+    assert found.bare == pytest.approx(statistics.median(drift[WARM_UP:]))
+    spread = [1 + 0.001 * number for number in range(-10, 11)]
+    low, high = interval(spread)
+    assert low < 1 < high and 0.004 < high - low < 0.014  # +-1.96 times 1.25 sd / sqrt(21), sd 0.006, is 0.0066

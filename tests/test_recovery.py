@@ -14,7 +14,7 @@ HANG, MEMORY, STORAGE = Cause.HANG, Cause.OUT_OF_MEMORY, Cause.STORAGE
 CHECK, FAILED = Cause.NODE_CHECK, Cause.SUPERVISOR_FAILED
 STOPPING = (
     Cause.CANCELLED, Cause.STOPPED, Cause.EXCEPTION, Cause.NOT_FINITE, Cause.BAD_DATA, Cause.BAD_CONFIG,
-    Cause.BAD_CHECKPOINT,
+    Cause.BAD_CHECKPOINT, Cause.SPIKE,
 )  # fmt: skip
 
 
@@ -50,6 +50,7 @@ def follow(*endings: tuple[Cause, int], most: int = 2, apart: int = 10, started_
         pytest.param([(KILLED, 0), (PREEMPTED, 0), (KILLED, 0)], Action.STOP, id="two-failures-around-a-preemption"),
         pytest.param([(KILLED, 0), *[(PREEMPTED, 0)] * 9], Action.REQUEUE, id="a-failure-and-nine-preemptions"),
         pytest.param([(HANG, 20)], Action.RESTART, id="a-hang"),
+        pytest.param([(Cause.HARDWARE, 20)], Action.RESTART, id="a-rank-that-computed-wrongly"),
         pytest.param([(HANG, 20), (KILLED, 20), (HANG, 20)], Action.STOP, id="a-hang-and-a-kill-at-one-step"),
         pytest.param([(LIMIT, 0), (LIMIT, 0)], Action.STOP, id="two-whole-jobs-and-no-checkpoint"),
         pytest.param([(MEMORY, 0)], Action.STOP, id="out-of-memory-at-once"),

@@ -58,6 +58,8 @@ def solar(*overrides: str) -> RunSettings:
         (("layout.pipeline_parallel=4",), 8, (2, 4, 32), 4),
         ((), 8, (2, 1, 128), 2),
         ((), 1, (2, 1, 16), 2),
+        # The toy has 4 layers, so that no 6 of them can be recomputed at once.
+        (("layout.context_parallel=4", "layout.recompute=full", "layout.recompute_layers=6"), 8, (2, 1, 32), 2),
     ],
 )
 def test_solar_on_32_nodes_is_rehearsed_at_its_layout(

@@ -346,7 +346,7 @@ def test_data_that_were_tokenized_anew_are_refused_at_once(
     tokenize_corpus([text], tokenizer, mine, progress=False)
     with pytest.raises(CheckpointError, match="put the data sets back as they were"):
         prepare_resume(run, ["tokens=1024"])
-    with pytest.raises(ConfigError, match="add one with from_tokens=512 or more to data.phases"):
+    with pytest.raises(ConfigError, match=r"add one with from_tokens=512 or more to data.phases"):
         prepare_resume(run, ["tokens=1024", f"data.train=[{moved}, {mine}]"])
 
 

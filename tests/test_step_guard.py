@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from megatron_solar.checkpoint_files import open_verified
+from megatron_solar.evidence import Blame, RankEvidence, blame, is_same
 from orchestrator import exit_codes
 from orchestrator.checkpoints import choose_checkpoint
 from orchestrator.events import GuardEvent, RepeatEvent, StepEvent
 from orchestrator.files import read_json, write_json
+from orchestrator.layout import ParallelLayout
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.slurm import ranks
 from tests import numeric_faults
@@ -84,6 +86,65 @@ def all_losses(run: RunDirectory) -> dict[int, tuple[float, bool]]:
     """Return loss (as text, since NaN is not itself) and skip of each step, as the newest attempt did it."""
     found = {e.step: e for attempt in run.attempts() for e in events_of(attempt) if isinstance(e, StepEvent)}
     return {step: (repr(event.loss), event.is_skipped) for step, event in sorted(found.items())}
+
+
+def kept(outputs: list[float], gradients: float = 1.0, chunks: int = 1) -> RankEvidence:
+    """Return what a rank keeps of micro-batches with these norms, chunk after chunk."""
+    places = [(number // chunks, number % chunks) for number in range(len(outputs))]
+    return RankEvidence(
+        outputs=tuple((batch, chunk, norm) for (batch, chunk), norm in zip(places, outputs, strict=True)),
+        gradients=(gradients,),
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changed", "expected"),
+    [
+        pytest.param({"data": 4}, {2: kept([1.0, NAN])}, ((2,), "output"), id="one of four replicas"),
+        pytest.param({"data": 4}, {2: kept([1.0, 1.0], NAN)}, ((2,), "gradients"), id="gradients alone"),
+        pytest.param({"data": 4}, {}, ((), ""), id="nobody, so that it was on the way"),
+        # Ranks 0 and 1 are the first stage of two replicas, 2 and 3 the last one.
+        pytest.param({"data": 2, "pipeline": 2}, {1: kept([1, 9]), 3: kept([1, 9], 9)}, ((1,), "output"), id="stage 0"),
+        pytest.param(
+            {"data": 2, "pipeline": 2}, {1: kept([1, 1], 9), 3: kept([1, 1], 9)}, ((3,), "gradients"), id="stage 1"
+        ),
+        pytest.param(
+            {"tensor": 2, "pipeline": 2},
+            {0: kept([9, 1]), 1: kept([9, 1]), 2: kept([9, 1]), 3: kept([9, 1])},
+            ((0, 1), "output"),
+            id="a tensor-parallel group as a whole",
+        ),
+        # Chunks alternate: rank 0 has the first and third part of the model, rank 1 the second and fourth.
+        pytest.param(
+            {"pipeline": 2, "virtual": 2},
+            {0: kept([1, 9], 9, chunks=2), 1: kept([9, 9], 9, chunks=2)},
+            ((1,), "output"),
+            id="interleaved",
+        ),
+    ],
+)
+def test_the_rank_to_blame_is_where_a_difference_begins(
+    sizes: dict[str, int], changed: dict[int, RankEvidence], expected: tuple[tuple[int, ...], str]
+) -> None:
+    layout = ParallelLayout(
+        tensor_parallel=sizes.get("tensor", 1),
+        pipeline_parallel=sizes.get("pipeline", 1),
+        virtual_pipeline_parallel=sizes.get("virtual", 1),
+        data_parallel=sizes.get("data", 1),
+        global_batch_size=4,
+    )
+    before = [kept([1.0, 1.0], chunks=sizes.get("virtual", 1)) for _ in range(layout.world_size)]
+    after = [changed.get(rank, alike) for rank, alike in enumerate(before)]
+    assert (
+        blame(before, after, layout, 0.0)
+        == blame(after, before, layout, 0.0)
+        == Blame(ranks=expected[0], differs=expected[1])
+    )
+
+
+def test_results_that_differ_by_less_than_the_noise_are_one() -> None:
+    assert is_same(1.0, 1.0 + 1e-6, 1e-5) and not is_same(1.0, 1.0 + 1e-4, 1e-5)
+    assert is_same(NAN, math.inf, 0.0) and not is_same(NAN, 1.0, 1.0) and not is_same(1.0, math.nextafter(1, 2), 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,7 @@ def show_ledger(ledger: DataLedger) -> None:
                                   f"{phase.end_sample:,}")
         for phase in ledger.phases
     ]  # fmt: skip
+    facts.append(("epochs", ", ".join(f"{printable(name)} {count:.2f}" for name, count in ledger.epochs.items())))
     if any(entry.planned_samples is None for entry in ledger.entries):
         facts.append(("planned", "not counted, since no attempt has built the index of the whole plan yet"))
     print_facts(f"data of run {ledger.run}", facts)
@@ -106,11 +107,6 @@ def show_ledger(ledger: DataLedger) -> None:
         [_ledger_row(entry) for entry in ledger.entries],
         right=(2, 3, 4, 5, 6, 7, 8),
     )
-    if len(ledger.phases) > 1:
-        click.echo()
-        click.echo(
-            "over all phases: " + ", ".join(f"{name} {count:.2f} epochs" for name, count in ledger.epochs.items())
-        )
 
 
 def _ledger_row(entry: LedgerEntry) -> tuple[str, ...]:
