@@ -44,7 +44,7 @@ def train(folder: Path, rank: int, without: str) -> None:
     """Build, train one step, save and load, as a run does."""
     with cuda_calls_on_cpu(without):
         queued = len(torch.cuda._queued_calls)
-        from megatron_solar import checkpoint, compat, train
+        from megatron_solar import checkpoint, compat, one_step
         from megatron_solar.replica import build_replica, weight_source
 
         plan = make_plan(compose("demo-base", SMALL))
@@ -57,7 +57,7 @@ def train(folder: Path, rank: int, without: str) -> None:
         for chunk in replica.chunks:
             chunk.zero_grad_buffer()
         compat.run_schedule(
-            train._forward_step, replica.chunks, [batch] * plan.layout.num_microbatches, plan.layout, 16
+            one_step.forward_step, replica.chunks, [batch] * plan.layout.num_microbatches, plan.layout, 16
         )
         replica.optimizer.step()
         if len(torch.cuda._queued_calls) > queued + 4:  # the few of torch's own start are fine
