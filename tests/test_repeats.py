@@ -39,7 +39,7 @@ EXACT_ON_GPU = with_(cluster=GPU, training={"deterministic": True})
         (PLAN, with_(training={"learning_rate": 1e-3}), None),
         (PLAN, with_(training={"tokens": 10**7}), None),
         (PLAN, with_(data={"weights": (1.0,)}), None),
-        (PLAN, with_(numerics={"on_spike": "skip"}), None),
+        (PLAN, with_(numerics={"on_spike": "record"}), None),
         (PLAN, with_(numerics={"rank_time_steps": 7, "replica_check_steps": 0}), 0.0),
     ],
 )  # fmt: skip
