@@ -42,8 +42,9 @@ def corpus(is_whole: bool) -> Path:
 def test_each_script_has_its_part_of_the_corpus(corpus: Path, is_whole: bool) -> None:
     sizes = text_corpus.languages(corpus)
     total, least = (200e6, 8e6) if is_whole else (20e6, 0.25e6)
+    wanted = SCRIPTS if is_whole else [*SCRIPTS[:1], "Python", *SCRIPTS[2:]]
     assert sizes.total() > total
-    assert {language: sizes[language] for language in SCRIPTS if sizes[language] < least} == {}
+    assert {language: sizes[language] for language in wanted if sizes[language] < least} == {}
 
 
 @pytest.mark.parametrize("vocabulary", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"])
