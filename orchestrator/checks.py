@@ -326,9 +326,11 @@ def _grid_problems(settings: RunSettings) -> list[str]:
     context = chosen.context_parallel
     if found or tensor < 1 or pipeline < 1 or context < 1 or ranks % (tensor * context * pipeline) == 0:
         return found
-    ranks_of_each = ranks // context if ranks % context == 0 else ranks
+    ranks_of_each = ranks // context
     if context > 1 and ranks % (tensor * pipeline) == 0:
         remedy = choose("context_parallel", divisors(ranks // (tensor * pipeline)), context)
+    elif ranks % context:
+        remedy = choose("a product of", divisors(ranks), tensor * context * pipeline)
     elif ranks_of_each % pipeline == 0:
         shape = settings.model
         sizes = divisors(math.gcd(ranks_of_each // pipeline, cluster.ranks_per_node, max(1, shape.num_attention_heads)))
