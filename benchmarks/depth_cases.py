@@ -7,6 +7,7 @@ from typing import Literal
 
 from benchmarks.depth_model import SHAPE, flops_per_token
 from megatron_solar.depth import STRATEGIES
+from orchestrator import freezing
 from orchestrator.model_shape import TransformerShape
 
 BASE_STEPS = 2400
@@ -86,7 +87,7 @@ class Case:
 
 def new_layers(sources: Sequence[int]) -> frozenset[int]:
     """Return the layers that are a copy of one before them; for llama-pro those are the ones that begin as identity."""
-    return frozenset(number for number, source in enumerate(sources) if source in sources[:number])
+    return frozenset(freezing.new_layers(sources, zeroed_layers=()))
 
 
 def _depth(strategy: str) -> int:

@@ -7,19 +7,17 @@ that were never read so. What it found is in the run's `shards.json`. Every byte
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_solar.sample_request import SampleRequest
 from orchestrator.errors import DataError, OrchestrateError
-from orchestrator.files import read_json, write_json
+from orchestrator.files import read_json, sha256_of, write_json
 from orchestrator.units import format_time
 from orchestrator.values import from_plain, to_plain
 
 VERIFIED_BYTES = 1 << 30
 """Of files never compared before, in one start: a second or two."""
-CHUNK_BYTES = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +104,7 @@ def check_shards(files: Sequence[ShardFile], record: Path, alive: Callable[[], N
         is_changed = seen is not None and (seen.bytes, seen.changed_ns) != (status.st_size, status.st_mtime_ns)
         if is_changed or (not is_verified and file.bytes <= budget):
             budget -= 0 if is_changed else file.bytes
-            found = digest(read_chunks(file.path, alive))
+            found = sha256_of(file.path, lambda _: alive())
             is_verified = found == file.sha256
             if not is_verified:
                 problems.append(
@@ -130,19 +128,3 @@ def _read(record: Path) -> dict[str, _Seen]:
     except (FileNotFoundError, OrchestrateError):
         return {}
     return found.files if found is not None else {}
-
-
-def read_chunks(path: Path, alive: Callable[[], None]) -> Iterator[bytes]:
-    """Yield a file's bytes, and say between them that it goes on."""
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            alive()
-            yield chunk
-
-
-def digest(chunks: Iterator[bytes]) -> str:
-    """Return the SHA-256 of bytes, in hexadecimal."""
-    found = hashlib.sha256()
-    for chunk in chunks:
-        found.update(chunk)
-    return found.hexdigest()

@@ -21,10 +21,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from megatron_solar.shard_files import ShardFile, read_chunks
+from megatron_solar.shard_files import ShardFile
 from megatron_solar.stacks import waits_for_others
 from orchestrator.errors import DataError, DiskFullError
-from orchestrator.files import free_room, is_full, sync_folder
+from orchestrator.files import CHUNK_BYTES, free_room, is_full, sync_folder
 from orchestrator.units import format_bytes
 
 LOCK = ".copying"
@@ -114,8 +114,9 @@ def copy_verified(file: ShardFile, copy: Path, alive: Callable[[], None]) -> Non
     partial = _partial(copy)
     digest = hashlib.sha256()
     try:
-        with partial.open("wb") as stream:
-            for chunk in read_chunks(file.path, alive):
+        with file.path.open("rb") as source, partial.open("wb") as stream:
+            while chunk := source.read(CHUNK_BYTES):
+                alive()
                 digest.update(chunk)
                 stream.write(chunk)
             stream.flush()

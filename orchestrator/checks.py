@@ -17,24 +17,9 @@ def build_layout(settings: RunSettings) -> ParallelLayout:
     """Return the rank grid of checked settings; data parallelism is what is left of the ranks."""
     chosen = settings.layout
     ranks = settings.cluster.nodes * settings.cluster.ranks_per_node
-    return ParallelLayout(
-        tensor_parallel=chosen.tensor_parallel,
-        pipeline_parallel=chosen.pipeline_parallel,
-        virtual_pipeline_parallel=chosen.virtual_pipeline_parallel,
-        sequence_parallel=chosen.sequence_parallel,
-        context_parallel=chosen.context_parallel,
-        micro_batch_size=chosen.micro_batch_size,
-        global_batch_size=chosen.global_batch_size,
-        data_parallel=max(
-            1, ranks // max(1, chosen.tensor_parallel * chosen.context_parallel * chosen.pipeline_parallel)
-        ),
-        overlap_gradient_reduce=chosen.overlap_gradient_reduce,
-        overlap_parameter_gather=chosen.overlap_parameter_gather,
-        bucket_parameters=chosen.bucket_parameters,
-        recompute=chosen.recompute,
-        recompute_method=chosen.recompute_method,
-        recompute_layers=chosen.recompute_layers,
-    )
+    model_ranks = chosen.tensor_parallel * chosen.context_parallel * chosen.pipeline_parallel
+    # Every field of the settings is one of the layout.
+    return ParallelLayout(**dataclasses.asdict(chosen), data_parallel=max(1, ranks // max(1, model_ranks)))
 
 
 def settings_problems(settings: RunSettings) -> list[str]:

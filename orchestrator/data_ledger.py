@@ -99,13 +99,17 @@ def data_ledger(run: RunDirectory, index: Path | None = None) -> DataLedger:
     places = _places(request.train, folder) if consumed or is_whole else None
     spans = [(plan.consumed_samples(number - 1), plan.consumed_samples(number)) for number in skipped]
     phases = _phases(plan)
+    folders = _folders_of_shards(request)
     entries = tuple(
-        entry for phase in phases for entry in _entries(request, phase, places, consumed, spans, is_whole=is_whole)
+        entry
+        for phase in phases
+        for entry in _entries(request, phase, folders, places, consumed, spans, is_whole=is_whole)
     )
     read: Counter[str] = Counter()
     for entry in entries:
         read[entry.data_set] += entry.samples
-    sizes = {entry.data_set: _epoch_samples(request, entry.folder) for entry in entries}
+    of_folder = _epoch_samples(request, folders)
+    sizes = {entry.data_set: of_folder[entry.folder] for entry in entries}
     return DataLedger(
         run=run.name,
         step=step,
@@ -159,6 +163,7 @@ def _phases(plan: TrainingPlan) -> tuple[LedgerPhase, ...]:
 def _entries(
     request: SampleRequest,
     phase: LedgerPhase,
+    folders: Sequence[str],
     places: SamplePlaces | None,
     consumed: int,
     skipped: Sequence[tuple[int, int]],
@@ -168,13 +173,12 @@ def _entries(
     """Return what each data set gave and will give to a phase.
 
     Args:
+        folders: the data set's of each shard.
         consumed: samples read in the whole run.
         skipped: first sample and end of each step that was skipped.
         is_whole: whether the index goes to the end of the plan.
     """
     (blend,) = (blend for blend, _ in request.train.phases() if blend.first_sample == phase.first_sample)
-    of_prefix = _folders(request)
-    folders = [of_prefix[prefix] for prefix in request.train.prefixes]
     begin, end = phase.first_sample, phase.end_sample
     until = min(max(consumed, begin), end)
 
@@ -192,6 +196,7 @@ def _entries(
     asked: dict[str, float] = {}
     for shard, weight in zip(blend.shards, blend.weights, strict=True):
         asked[folders[shard]] = asked.get(folders[shard], 0.0) + weight / sum(blend.weights)
+    sizes = _epoch_samples(request, folders)
     names = dict(zip(request.data.training_folders, unique_names(request.data.training_folders), strict=True))
     return [
         LedgerEntry(
@@ -201,7 +206,7 @@ def _entries(
             samples=read[folder],
             skipped_samples=dropped[folder],
             tokens=read[folder] * request.data.sequence_length,
-            epochs=read[folder] / _epoch_samples(request, folder),
+            epochs=read[folder] / sizes[folder],
             share=read[folder] / (until - begin) if until > begin else None,
             share_asked=share,
             planned_samples=None if planned is None else planned[folder],
@@ -210,17 +215,19 @@ def _entries(
     ]
 
 
-def _folders(request: SampleRequest) -> dict[str, str]:
-    """Return the data set's folder of each shard's prefix."""
-    return {
+def _folders_of_shards(request: SampleRequest) -> list[str]:
+    """Return the data set's folder of each shard."""
+    of_prefix = {
         str(Path(folder) / shard.name): folder
         for folder, manifest in request.manifests.items()
         for shard in manifest.shards
     }
+    return [of_prefix[prefix] for prefix in request.train.prefixes]
 
 
-def _epoch_samples(request: SampleRequest, folder: str) -> int:
-    """Return the samples of a data set, as far as it has been read from this folder."""
-    folders = _folders(request)
-    sizes = dict(zip(request.train.prefixes, request.train.epoch_samples, strict=True))
-    return sum(size for prefix, size in sizes.items() if folders[prefix] == folder)
+def _epoch_samples(request: SampleRequest, folders: Sequence[str]) -> Counter[str]:
+    """Return the samples of each data set by its folder, as far as it has been read from there."""
+    sizes: Counter[str] = Counter()
+    for _prefix, folder, size in set(zip(request.train.prefixes, folders, request.train.epoch_samples, strict=True)):
+        sizes[folder] += size
+    return sizes

@@ -21,7 +21,7 @@ from orchestrator.slurm.requests import check_folders
 from orchestrator.slurm.scheduler import tell_to_end
 from orchestrator.slurm.submission import UnknownSubmissionError, check_scheduler, submit
 from orchestrator.status import RunStatus, read_status
-from orchestrator.tokenize.manifest import DatasetManifest, is_tokenizer_of, read_manifest
+from orchestrator.tokenize.manifest import DatasetManifest, read_manifest, tokenizers_of
 from orchestrator.traced_steps import unreachable_problems
 from orchestrator.units import format_bytes
 
@@ -131,6 +131,7 @@ def check_inputs(plan: TrainingPlan, *, needs_base: bool = True) -> list[Dataset
     settings = plan.settings
     problems, manifests = [], []
     is_compared = needs_base and settings.base != RANDOM_BASE and settings.training.check_tokenizer
+    own_tokenizers = tokenizers_of(Path(settings.base)) if is_compared else []
     for folder in [*settings.data.training_folders, *settings.data.validation]:
         try:
             manifest = read_manifest(Path(folder))
@@ -142,7 +143,7 @@ def check_inputs(plan: TrainingPlan, *, needs_base: bool = True) -> list[Dataset
                 f"{folder} was made with {manifest.vocab_size} ids, the model knows {settings.model.vocab_size}; "
                 "tokenize with the model's own tokenizer"
             )
-        if is_compared and not is_tokenizer_of(Path(settings.base), manifest.tokenizer_sha256):
+        if own_tokenizers and manifest.tokenizer_sha256 not in own_tokenizers:
             problems.append(
                 f"{folder} was made with another tokenizer (SHA-256 {manifest.tokenizer_sha256[:12]}) than any of "
                 f"{settings.base}; tokenize with `--tokenizer {settings.base}`, or say training.check_tokenizer=false "

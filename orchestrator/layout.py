@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from orchestrator.model_shape import TransformerShape, choose, divisors
+from orchestrator.model_shape import TransformerShape, choose, divisors, multiples_near
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,8 +134,7 @@ class ParallelLayout:
             found.append(f"model.num_layers={shape.num_layers} cannot be split over layout.{what}; {remedy}")
         unit = self.batch_unit
         if self.global_batch_size % unit:
-            lower = self.global_batch_size // unit * unit
-            near = [size for size in (lower, lower + unit) if size > 0]
+            near = multiples_near(unit, self.global_batch_size)
             found.append(
                 f"layout.global_batch_size={self.global_batch_size} does not divide by micro_batch_size="
                 f"{self.micro_batch_size} x data_parallel={self.data_parallel}"

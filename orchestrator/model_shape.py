@@ -143,6 +143,12 @@ def divisors(total: int) -> list[int]:
     return sorted({*small, *(total // n for n in small)})
 
 
+def multiples_near(unit: int, wanted: int) -> list[int]:
+    """Return the multiples of a unit on both sides of a number that is none, those above 0."""
+    lower = wanted // unit * unit
+    return [size for size in (lower, lower + unit) if size > 0]
+
+
 def choose(name: str, sizes: Iterable[int], wanted: int) -> str:
     """Say which sizes lie nearest to the wanted one: 'use tensor_parallel 2, 4 or 8'."""
     near = sorted(sorted(sizes, key=lambda n: (abs(n - wanted), n))[:4])

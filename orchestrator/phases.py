@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from orchestrator.plan import TrainingPlan
+from orchestrator.schedule import total_steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,15 +49,8 @@ def planned_phases(plan: TrainingPlan) -> tuple[PlannedPhase, ...]:
 
 
 def steps_before(plan: TrainingPlan, tokens: int) -> int:
-    """Return the fewest steps that read so many tokens."""
-    enough = 1
-    while plan.consumed_tokens(enough) < tokens:
-        enough *= 2
-    too_few = 0
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        too_few, enough = (middle, enough) if plan.consumed_tokens(middle) < tokens else (too_few, middle)
-    return enough
+    """Return the fewest steps that read so many tokens, at least one."""
+    return max(1, total_steps(plan.batch_spans, tokens, plan.settings.data.sequence_length))
 
 
 def what_differs(before: TrainingPlan, after: TrainingPlan, consumed_samples: int, run: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from orchestrator.freezing import all_parts, frozen_steps, parts_of
 from orchestrator.layout import ParallelLayout
-from orchestrator.model_shape import choose
+from orchestrator.model_shape import choose, multiples_near
 from orchestrator.schedule import BatchSpan, batch_spans, total_steps
 from orchestrator.settings import RunSettings
 
@@ -88,11 +88,10 @@ def _ramp_problems(settings: RunSettings, layout: ParallelLayout | None) -> list
             found.append(f"{where}.global_batch_size should be at least 1, found {size}")
         elif layout is not None and layout.batch_unit > 0 and size % layout.batch_unit:
             unit = layout.batch_unit
-            near = [each for each in (size // unit * unit, size // unit * unit + unit) if each > 0]
             found.append(
                 f"{where}.global_batch_size={size} does not divide by {unit}, the micro-batches of all pipelines at "
                 f"once ({layout.describe()}, micro_batch_size={layout.micro_batch_size}); "
-                f"{choose('global_batch_size', near, size)}"
+                f"{choose('global_batch_size', multiples_near(unit, size), size)}"
             )
         if stage.until_tokens <= until:
             found.append(

@@ -14,7 +14,7 @@ from orchestrator.errors import DataError
 from orchestrator.tokenize.blocks import read_unit
 from orchestrator.tokenize.engines import load_engine
 from orchestrator.tokenize.inputs import find_files
-from orchestrator.tokenize.manifest import MANIFEST, is_tokenizer_of, read_manifest
+from orchestrator.tokenize.manifest import MANIFEST, read_manifest, tokenizers_of
 from orchestrator.tokenize.shard import token_type
 from orchestrator.tokenize.shard_reader import ShardReader
 from orchestrator.tokenize.units import Position, plan_units
@@ -72,7 +72,8 @@ def _of_text(source: Path, model: Path, wanted: int) -> NDArray[numpy.integer]:
 def _of_data_set(source: Path, model: Path, sequences: int, size: int) -> NDArray[numpy.integer]:
     """Return sequences that begin evenly over a data set; all of it, where it has fewer tokens than they."""
     manifest = read_manifest(source)
-    if not is_tokenizer_of(model, manifest.tokenizer_sha256):
+    own = tokenizers_of(model)
+    if own and manifest.tokenizer_sha256 not in own:
         raise DataError(
             f"{source} was made with another tokenizer than that of {model}; give a text, or a data set of "
             f"`orchestrate tokenize --tokenizer {model}`"

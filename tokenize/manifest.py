@@ -186,7 +186,6 @@ def file_problems(folder: Path, manifest: DatasetManifest) -> list[str]:
     return found
 
 
-def is_tokenizer_of(model: Path, tokenizer_sha256: str) -> bool:
-    """Whether a tokenizer is one of a model's folder; also where the folder has none, since then nothing is known."""
-    own = [sha256_of(model / name) for name in TOKENIZER_FILES if (model / name).is_file()]
-    return not own or tokenizer_sha256 in own
+def tokenizers_of(model: Path) -> list[str]:
+    """Return the SHA-256 of each tokenizer in a model's folder."""
+    return [sha256_of(model / name) for name in TOKENIZER_FILES if (model / name).is_file()]

@@ -1,6 +1,5 @@
 """Read every byte of a data set and compare it with its manifest; all problems at once."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy
 from numpy.typing import NDArray
 
 from orchestrator.errors import DataError, OrchestrateError
-from orchestrator.files import CHUNK_BYTES, read_json_lines, sha256_of
+from orchestrator.files import read_json_lines, sha256_of
 from orchestrator.tokenize.manifest import QUARANTINE, DatasetManifest, TokenShard, file_problems
 from orchestrator.tokenize.shard_reader import ShardReader
 
@@ -62,7 +61,7 @@ def _shard_problems(
     folder: Path, shard: TokenShard, manifest: DatasetManifest, read: Callable[[int], None]
 ) -> Iterator[str]:
     path = folder / f"{shard.name}.bin"
-    if (found := _sha256(path, read)) != shard.bin_sha256:
+    if (found := sha256_of(path, read)) != shard.bin_sha256:
         yield f"{path.name} should have SHA-256 {shard.bin_sha256}, found {found}"
     if (found := sha256_of(folder / f"{shard.name}.idx")) != shard.index_sha256:
         yield f"{shard.name}.idx should have SHA-256 {shard.index_sha256}, found {found}"
@@ -83,16 +82,6 @@ def _shard_problems(
         )
         return
     yield from _token_problems(shard.name, reader, ends, manifest)
-
-
-def _sha256(path: Path, read: Callable[[int], None]) -> str:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-            read(size)
-    return digest.hexdigest()
 
 
 def _token_problems(
