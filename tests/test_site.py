@@ -196,7 +196,8 @@ def started_ranks(
     script.write_text("\n".join([*(line for line in lines if not line.startswith("exec ")), *last]))
     cluster.ask("sbatch", f"--nodelist={','.join(nodes)}", str(script))
     deadline = time.monotonic() + 60
-    while not ended.exists():
+    # Until Slurm has let go of it as well: a job that is completing holds its GPUs, and the next one gets others.
+    while not ended.exists() or cluster.ask("squeue", "--noheader").strip():
         assert time.monotonic() < deadline, cluster.ask("squeue")
         time.sleep(0.05)
     assert ended.read_text() == "0\n", [path.read_text() for path in run.jobs.glob("*.out")]
