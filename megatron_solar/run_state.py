@@ -142,25 +142,26 @@ def check_room(folder: Path, plan: TrainingPlan) -> None:
 def agreed_checkpoints(run: RunDirectory, tell: EventWriter) -> list[Checkpoint]:
     """Return the checkpoints that rank 0 sees, the same on every rank; collective.
 
-    On a shared file system each node may see another state of the folder for a while.
+    On a shared file system each node may see another state of the folder for a while: all wait until they see the
+    newest. Those before it have been there for long, and the supervisor may delete some of them meanwhile.
 
     Raises:
-        CheckpointError: the run had checkpoints and none is whole.
+        CheckpointError: the run had checkpoints and none is whole, or this rank does not see the newest.
     """
     said: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
         for name, problem in unusable_markers(run).items():
             step, _ = parse_name(name) or (0, 0)
             tell(DamageEvent(time=time.time(), step=step, name=name, problems=(problem,)))
-        said = [([checkpoint.name for checkpoint in complete_checkpoints(run)], lost_checkpoints(run))]
+        said = [(complete_checkpoints(run), lost_checkpoints(run))]
     torch.distributed.broadcast_object_list(said)
-    names, lost = said[0]
-    if lost:
-        raise CheckpointError(lost)
+    existing: list[Checkpoint] = said[0][0]
+    if said[0][1]:
+        raise CheckpointError(said[0][1])
     deadline = time.monotonic() + VISIBLE_SECONDS
-    while not all((run.checkpoint_path(name) / MARKER).exists() for name in names) and time.monotonic() < deadline:
+    while existing and not (existing[-1].path / MARKER).exists() and time.monotonic() < deadline:
         time.sleep(0.5)
-    return [read_checkpoint(run.checkpoint_path(name)) for name in names]
+    return [*existing[:-1], read_checkpoint(existing[-1].path)] if existing else []
 
 
 @waits_for_others

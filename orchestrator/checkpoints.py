@@ -182,7 +182,11 @@ def read_parts(path: Path, world_size: int) -> list[RankPart] | None:
     """
     there = {entry.name for entry in path.iterdir()} if path.exists() else set()  # one request, not one a rank
     records = [part_record(rank) for rank in range(world_size)]
-    return [_decode(RankPart, path / record) for record in records] if there.issuperset(records) else None
+    return (
+        [_decode(RankPart, _plain(path / record), path / record) for record in records]
+        if there.issuperset(records)
+        else None
+    )
 
 
 def mark_complete(path: Path, facts: CheckpointFacts, parts: Sequence[RankPart]) -> Checkpoint:
@@ -266,8 +270,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"no checkpoint at {path}; `orchestrate status` lists those that are there")
     if not (path / MARKER).exists():
         raise CheckpointError(f"{path} was never completed (no {MARKER} in it); use an earlier checkpoint")
-    marker = _decode(_Marker, path / MARKER)
-    written = read_json(path / MARKER)
+    written = _plain(path / MARKER)
+    marker: _Marker = _decode(_Marker, written, path / MARKER)
     is_itself = marker.sha256 == _marker_sum(written["facts"], written["files"])
     if not is_itself or (marker.facts.step, marker.facts.attempt) != parse_name(path.name):
         raise CheckpointError(f"{path / MARKER} is damaged: it is not what was written; use an earlier checkpoint")
@@ -280,7 +284,8 @@ def read_index(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: the index is not one of this version.
     """
-    tensors: dict[str, StoredTensor] = _decode(_Index, checkpoint.path / INDEX, wrap="tensors").tensors
+    path = checkpoint.path / INDEX
+    tensors: dict[str, StoredTensor] = _decode(_Index, {"tensors": _plain(path)}, path).tensors
     return tensors
 
 
@@ -308,7 +313,8 @@ def unusable_markers(run: RunDirectory) -> dict[str, str]:
         try:
             read_checkpoint(path)
         except CheckpointError as error:
-            found[path.name] = str(error)
+            if (path / MARKER).exists():  # not deleted meanwhile
+                found[path.name] = str(error)
     return found
 
 
@@ -438,15 +444,19 @@ def foreign(facts: CheckpointFacts, model: TransformerShape, tokenizer_sha256: s
     return found
 
 
-def _decode(kind: type[Any], path: Path, wrap: str = "") -> Any:
-    problems: list[str] = []
+def _plain(path: Path) -> Mapping[str, object]:
     try:
         plain: Mapping[str, object] = read_json(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except OrchestrateError as error:
         raise CheckpointError(str(error)) from error
-    value = from_plain(kind, {wrap: plain} if wrap else plain, "", problems)
+    return plain
+
+
+def _decode(kind: type[Any], plain: Mapping[str, object], path: Path) -> Any:
+    problems: list[str] = []
+    value = from_plain(kind, plain, "", problems)
     if value is None:
         raise CheckpointError(f"{path} is not of this version; use an earlier checkpoint:", problems[:5])
     return value

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,28 @@ def test_a_checkpoint_with_a_file_that_is_not_whole_is_not_marked(run: RunDirect
     with pytest.raises(CheckpointError, match=r"rank_0001\.safetensors should have \d+ bytes"):
         mark_complete(path, facts(20), parts)
     assert not (path / MARKER).exists()
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_none_and_not_a_damaged_one(run: RunDirectory) -> None:
+    kept, deleted = write_checkpoint(run, 10), write_checkpoint(run, 20)
+    marker = deleted.path / MARKER
+    content = marker.read_bytes()
+    done = threading.Event()
+
+    def delete_and_bring_back() -> None:
+        for _ in range(3000):
+            marker.unlink()
+            (deleted.path / "new").write_bytes(content)
+            (deleted.path / "new").rename(marker)
+        done.set()
+
+    deleter = threading.Thread(target=delete_and_bring_back)
+    deleter.start()
+    seen = set()
+    while not done.is_set():
+        seen.add(tuple(checkpoint.step for checkpoint in complete_checkpoints(run)))
+    deleter.join()
+    assert seen == {(kept.step,), (kept.step, deleted.step)}
 
 
 def test_pieces_that_leave_a_gap_or_overlap_or_disagree_are_not_marked(run: RunDirectory) -> None:
