@@ -22,7 +22,7 @@ demo: $(SET_UP)  ## set-up, then the whole path on this machine: about 5 minutes
 # Two at a time: they wait more than they compute. What a file shares is made once for it.
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-test: $(SET_UP)  ## set-up, then every test but the slow faults: about 20 minutes on two cores
+test: $(SET_UP)  ## set-up, then every test but the slow faults: about 25 minutes on two cores
 	$(PYTEST) -m "not fault" $(PYTEST_ARGS)
 	@echo
 	@echo "For your own work: $(VENV)/bin/orchestrate --help, or 'source $(VENV)/bin/activate' and then orchestrate."
@@ -32,7 +32,7 @@ check: $(SET_UP)  ## ruff and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-faults: $(SET_UP)  ## every fault caused once, as root: about 10 minutes on two cores
+faults: $(SET_UP)  ## every fault caused once, as root: about 7 minutes on two cores
 	$(PYTEST) -m fault $(PYTEST_ARGS)
 
 soak: $(SET_UP)  ## a run that meets a random chain of faults, as root; SOAK_ARGS="--seed N --faults 10"
