@@ -24,7 +24,7 @@ from orchestrator.owner_lock import hold
 from orchestrator.recovery import Action
 from orchestrator.run_directory import RunDirectory
 from orchestrator.shipment import Shipment, ShipReport
-from orchestrator.tracking_store import load_mlflow, store_of, store_problem, without_password
+from orchestrator.tracking_store import load_mlflow, make_store, store_of, store_problem, without_password
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,9 @@ def ship(run: RunDirectory, seconds: float | None = None) -> ShipReport:
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
+            make_store(uri)
             return Shipment(run, uri, mlflow).send(attempts, seconds)
-        except (mlflow.exceptions.MlflowException, SQLAlchemyError) as error:
+        except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError) as error:
             raise _unreachable(run, uri, str(error).strip().split("\n")[0][:300]) from error
 
 

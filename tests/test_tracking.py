@@ -550,6 +550,31 @@ def test_mlflow_is_silent_while_a_new_store_is_made(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "runs"], "nothing lies where it was called"
 
 
+def test_a_shipper_killed_while_a_new_store_is_made_leaves_none_or_a_whole_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", f"sqlite:///{tmp_path}/mlflow.db")
+    make_attempt(run, range(1, 3))
+    for tables in (5, 30):
+        shipper = start_shipper(run, folder=tmp_path)
+        wait_for_tables(shipper.pid, tables)
+        shipper.kill()
+        shipper.communicate()
+        assert not (tmp_path / "mlflow.db").exists()
+    assert ship(run).metrics == 20
+
+
+def wait_for_tables(pid: int, tables: int) -> None:
+    """Wait until a process has made so many tables of the database that it has open."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while time.monotonic() < deadline:
+        for opened in psutil.Process(pid).open_files():
+            if opened.path.endswith("mlflow.db"):
+                with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(opened.path)) as store:
+                    if store.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] > tables:
+                        return
+        time.sleep(0.01)
+    raise AssertionError(f"process {pid} makes no store")
+
+
 def test_importing_the_module_does_not_import_mlflow() -> None:
     code = "import sys, orchestrator.tracking, orchestrator.commands.ui; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -27,7 +27,9 @@ from orchestrator.tracking_store import (
     QUIET_ENVIRONMENT,
     artifact_location,
     default_store,
+    make_store,
     store_of,
+    store_problem,
     without_password,
 )
 
@@ -70,6 +72,10 @@ def command(port: int | None, reference: str | None, print_url: bool) -> None:
         click.echo("that server serves it; there is nothing to start here", err=True)
         return
     click.echo(f"starting MLflow for {without_password(uri)} ...", err=True)
+    problem = store_problem(uri)
+    if problem:
+        raise TrackingError(f"the tracking store {without_password(uri)} cannot be used: {problem}")
+    make_store(uri)
     _serve(uri, chosen, _page(f"http://{ADDRESS}:{chosen}", shown, reference is not None))
 
 
