@@ -145,7 +145,15 @@ def main(first: Sequence[str]) -> None:
         print(f"2/4 a clean environment with {', '.join(first)}", flush=True)
         run([sys.executable, "-m", "venv", folder / "venv"], folder)
         python = folder / "venv" / "bin" / "python"
-        install: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+        install: list[str | Path] = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-compile",
+        ]
         run([*install, *first], folder)
         print(f"3/4 {wheel.name} with its requirements", flush=True)
         run([*install, str(wheel)], folder)
