@@ -1,6 +1,6 @@
 """What our training loop adds to megatron-core's schedule and optimizer step, with one rank and with two.
 
-    python benchmarks/loop_overhead.py [--ranks 1 2] [--pairs 40] [--steps 4] [--json]
+    python benchmarks/loop_overhead.py [--ranks 1 2] [--pairs 300] [--steps 1] [--json]
 
 `megatron_solar/train.py` trains a model of 4 M parameters on CPU cores, one a rank: events on, profiler off, every
 guard at its default. After each few of its steps the same processes do as many steps of the bare parts on the same
@@ -8,7 +8,8 @@ model and optimizer: megatron-core's schedule on samples that were read before, 
 read, no loss is looked at, nothing is told. Each block of ours is compared with the mean of the bare blocks before
 and after it. Printed are medians of the blocks, the median of the ratios with its bootstrap interval of 95 %, and
 what is done only every so many steps, spread over these: of the clock and of CPU seconds, which other work on the
-machine touches less. Takes about 5 minutes with the defaults, on two idle cores.
+machine touches less. With the defaults, on two idle cores, it takes about 12 minutes: single
+steps in turn, since a shared machine is 10 % faster or slower from one second to the next, and by more later on.
 """
 
 import argparse
@@ -329,8 +330,8 @@ def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=4, help="of a block")
+    parser.add_argument("--pairs", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1, help="of a block")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
