@@ -46,7 +46,7 @@ def plan_of(hidden: int, ranks: int) -> TrainingPlan:
         compose(
             "demo-base",
             [
-                "data.train=unused", "data.validation=[]", "training.precision=bf16", "model.num_layers=8",
+                "data.train=unused", "data.validation=[]", "precision=bf16", "model.num_layers=8",
                 f"model.hidden_size={hidden}", f"model.ffn_hidden_size={3 * hidden}",
                 "model.num_attention_heads=8", "model.num_query_groups=4",
                 f"cluster.ranks_per_node={ranks}", "layout.micro_batch_size=1", f"layout.global_batch_size={ranks}",

@@ -30,7 +30,7 @@ from megatron_solar.sample_request import SampleRequest
 from megatron_solar.weights import PRECISION_DTYPES, padded_vocab_size, vocabulary_rows
 from orchestrator.layout import ParallelLayout
 from orchestrator.model_shape import TransformerShape
-from orchestrator.settings import TrainingSettings
+from orchestrator.settings import PrecisionSettings, TrainingSettings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # missing optional kernels and deprecations of torch, 20 lines a rank
@@ -181,10 +181,14 @@ def has_transformer_engine() -> bool:
 
 
 def transformer_config(
-    shape: TransformerShape, layout: ParallelLayout, training: TrainingSettings, device: str
+    shape: TransformerShape,
+    layout: ParallelLayout,
+    training: TrainingSettings,
+    precision: PrecisionSettings,
+    device: str,
 ) -> TransformerConfig:
     """Return megatron's configuration of a shape on a layout."""
-    dtype = PRECISION_DTYPES[training.precision]
+    dtype = PRECISION_DTYPES[precision.dtype]
     on_cpu = device == "cpu"
     interleaved = layout.virtual_pipeline_parallel > 1
     return _without_warnings(
@@ -204,7 +208,8 @@ def transformer_config(
         attention_dropout=0.0,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=training.precision == "bf16",
+        bf16=precision.dtype == "bf16",
+        **_fp8_config(precision),
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_parallel if interleaved else None,
@@ -226,6 +231,21 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         cross_entropy_loss_fusion=False,
     )
+
+
+def _fp8_config(precision: PrecisionSettings) -> dict[str, Any]:
+    """Return megatron's settings of FP8. Without Transformer Engine it ignores them without a word (fp8_proof.py)."""
+    if precision.fp8 == "none":
+        return {}
+    return {
+        "fp8": precision.fp8_format,
+        "fp8_recipe": precision.fp8,
+        "first_last_layers_bf16": bool(precision.first_bf16_layers or precision.last_bf16_layers),
+        "num_layers_at_start_in_bf16": precision.first_bf16_layers,
+        "num_layers_at_end_in_bf16": precision.last_bf16_layers,
+        "fp8_amax_history_len": precision.amax_history,
+        "fp8_amax_compute_algo": precision.amax_choice,
+    }
 
 
 def build_chunk(
@@ -326,6 +346,7 @@ def _without_warnings(build: Callable[..., Any], **options: Any) -> Any:
 
 def build_optimizer(
     training: TrainingSettings,
+    precision: PrecisionSettings,
     chunks: Sequence[DistributedDataParallel],
     frozen_steps: Mapping[torch.nn.Parameter, int] = MappingProxyType({}),
 ) -> Any:
@@ -344,8 +365,9 @@ def build_optimizer(
             adam_beta2=training.adam_beta2,
             adam_eps=training.adam_eps,
             clip_grad=training.gradient_clip,
-            bf16=training.precision == "bf16",
-            params_dtype=PRECISION_DTYPES[training.precision],
+            bf16=precision.dtype == "bf16",
+            params_dtype=PRECISION_DTYPES[precision.dtype],
+            fp8_recipe=None if precision.fp8 == "none" else precision.fp8,
             use_distributed_optimizer=True,
             overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         )

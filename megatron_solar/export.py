@@ -63,7 +63,7 @@ def export(
     settings = plan.settings
     stored = open_verified(checkpoint)
     companions = _companions(plan)
-    dtype = PRECISION_DTYPES[settings.training.precision]
+    dtype = PRECISION_DTYPES[settings.precision.dtype]
     done = 0
 
     def read(key: str) -> Tensor:

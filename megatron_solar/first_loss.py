@@ -24,7 +24,7 @@ from orchestrator.plan import TrainingPlan
 from orchestrator.settings import RANDOM_BASE
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}
-"""Relative difference of the mean loss that rounding explains, by `training.precision`."""
+"""Relative difference of the mean loss that rounding explains, by `precision.label`."""
 TOKEN_FACTOR = 5
 """Losses of single tokens may differ by so much more on average: their differences have either sign. Where a model
 predicts badly anyway, a fault shows in these and hardly in the mean."""
@@ -38,7 +38,7 @@ def check_first_loss(plan: TrainingPlan, replica: Replica, tell: Callable[[First
     """
     if plan.settings.base == RANDOM_BASE:
         return
-    base, precision = Path(plan.settings.base), plan.settings.training.precision
+    base, precision = Path(plan.settings.base), plan.settings.precision
     started = time.monotonic()
     evaluation = _from_rank_0(lambda: read_evaluation(base))
     if evaluation is None:
@@ -51,7 +51,7 @@ def check_first_loss(plan: TrainingPlan, replica: Replica, tell: Callable[[First
         loss=loss,
         relative_difference=abs(loss - recorded) / recorded,
         token_difference=token_difference / recorded,
-        tolerance=TOLERANCES[precision],
+        tolerance=TOLERANCES[precision.dtype],
         tokens=tokens,
         seconds=time.monotonic() - started,
     )
@@ -145,7 +145,7 @@ def _causes(plan: TrainingPlan, base: Path) -> list[str]:
         ]
     return [
         "every file of the base is what it was, so that it is computed otherwise here: "
-        f"{plan.layout.describe()} on {plan.settings.cluster.device} in {plan.settings.training.precision}",
+        f"{plan.layout.describe()} on {plan.settings.cluster.device} in {plan.settings.precision.label}",
         "a kernel, a library of another version, or a wrong split of weights; compare with "
-        "layout.tensor_parallel=1 layout.pipeline_parallel=1 training.precision=fp32",
+        "layout.tensor_parallel=1 layout.pipeline_parallel=1 precision=fp32",
     ]

@@ -15,7 +15,7 @@ def write_new_base(output: Path, shape: TransformerShape, *, seed: int, precisio
     """Write a Hugging Face folder of new weights, whole or not at all.
 
     Args:
-        precision: as `training.precision` has it.
+        precision: as `precision.dtype` has it.
         tokenizer: file that goes with the model.
 
     Raises:

@@ -66,7 +66,7 @@ def build_replica(plan: TrainingPlan, source: WeightSource | None, *, is_filled_
     """
     settings, layout = plan.settings, plan.layout
     device = settings.cluster.device
-    config = compat.transformer_config(settings.model, layout, settings.training, device)
+    config = compat.transformer_config(settings.model, layout, settings.training, settings.precision, device)
     stages = range(layout.virtual_pipeline_parallel) if layout.virtual_pipeline_parallel > 1 else [None]
     offsets = [compat.layer_offset(config, stage) for stage in stages]
     chunks = []
@@ -78,10 +78,12 @@ def build_replica(plan: TrainingPlan, source: WeightSource | None, *, is_filled_
             clear_padding(chunk, settings.model, layout.tensor_parallel)
         else:
             fill(chunk, source, settings.model, offsets[index], layout.tensor_parallel)
-        if settings.training.precision == "bf16":
+        if settings.precision.dtype == "bf16":
             chunk.bfloat16()
         chunks.append(compat.wrap_data_parallel(config, chunk, index == 0, layout))
-    optimizer = compat.build_optimizer(settings.training, chunks, frozen_parameters(settings, chunks, offsets))
+    optimizer = compat.build_optimizer(
+        settings.training, settings.precision, chunks, frozen_parameters(settings, chunks, offsets)
+    )
     compat.connect_schedule(config, chunks, optimizer, layout)
     peak = settings.cluster.peak_tflops
     return Replica(

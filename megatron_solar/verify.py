@@ -24,6 +24,7 @@ from megatron_solar.weights import PRECISION_DTYPES, canonical_key, rank_part
 from orchestrator.checkpoints import Checkpoint, read_checkpoint
 from orchestrator.plan import TrainingPlan, read_plan
 from orchestrator.run_directory import RunDirectory
+from orchestrator.settings import PrecisionSettings
 
 SAMPLES = 4
 
@@ -81,14 +82,14 @@ def megatron_logits(plan: TrainingPlan, checkpoint: Checkpoint, tokens_BS: torch
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         try:
             compat.initialize_parallel(alone, settings.training.seed)
-            training = dataclasses.replace(settings.training, precision="fp32")
-            config = compat.transformer_config(settings.model, alone, training, "cpu")
+            in_fp32 = PrecisionSettings(dtype="fp32")
+            config = compat.transformer_config(settings.model, alone, settings.training, in_fp32, "cpu")
             chunk = compat.build_chunk(settings.model, config, tokens_BS.shape[1], "cpu", None)
             tensors = open_verified(checkpoint)
             with torch.no_grad():
                 for name, parameter in chunk.named_parameters():
                     key = canonical_key(name, 0, is_tied=settings.model.tie_embeddings)
-                    whole = tensors.whole(tensor_name(WEIGHT, key), PRECISION_DTYPES[settings.training.precision])
+                    whole = tensors.whole(tensor_name(WEIGHT, key), PRECISION_DTYPES[settings.precision.dtype])
                     parameter.copy_(rank_part(key, whole, 0, 1))
             positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
             with torch.no_grad():

@@ -24,7 +24,7 @@ from megatron_solar.model_folder import expected_tensors
 from orchestrator.model_shape import TransformerShape
 
 PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Type of the weights by `training.precision`."""
+"""Type of the weights by `precision.dtype`."""
 
 # Canonical suffix of a layer -> Hugging Face's names in the order they are joined.
 _LAYER_NAMES = {

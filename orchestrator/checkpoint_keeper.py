@@ -144,7 +144,7 @@ class CheckpointKeeper:
             tokenizer_sha256=save.tokenizer_sha256,
             model=settings.model,
             layout=self._plan.layout.describe(),
-            precision=settings.training.precision,
+            precision=settings.precision.label,
             validation_loss=self._losses.get(save.step),
             code_version=VERSION,
             written=time.time(),

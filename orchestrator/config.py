@@ -1,8 +1,8 @@
 """Compose a run's settings from YAML and overrides. The only module that imports omegaconf.
 
 A recipe is looked for in ./conf/recipe, then in ~/.config/orchestrate/recipe, then in the packaged
-conf/; the first one counts, as a whole. Its `model` and `cluster` are a name (conf/model/NAME.yaml), a
-mapping, or a mapping with `from: NAME` and what differs. A file may begin with `from: NAME` as well,
+conf/; the first one counts, as a whole. Its `model`, `cluster` and `precision` are a name (conf/model/NAME.yaml),
+a mapping, or a mapping with `from: NAME` and what differs. A file may begin with `from: NAME` as well,
 and of its own name, which then means the next one on the search path: a site's conf/cluster/h100.yaml
 is `from: h100` and its partition. Every `defaults.yaml` on that path lies under the recipe.
 
@@ -30,7 +30,7 @@ from orchestrator.settings import RANDOM_BASE, ClusterSettings, PathSettings, Ru
 from orchestrator.tracking_store import default_store
 from orchestrator.values import field_types, from_plain, keys_of, nearest, to_plain, unknown_key
 
-GROUPS = ("model", "cluster")
+GROUPS = ("model", "cluster", "precision")
 
 
 def search_path() -> list[Path]:
@@ -76,7 +76,7 @@ def recompose(settings: RunSettings, overrides: Sequence[str], *, is_checked: bo
 
 
 def _with_groups(chosen: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Put the files that overrides name in the place of `model` and `cluster`."""
+    """Put the files that overrides name in the place of a recipe's groups."""
     for override in overrides:
         if override.partition("=")[0] in GROUPS:
             chosen = _overlay(chosen, OmegaConf.create(dict([override.split("=", 1)])))
@@ -190,7 +190,7 @@ def _merge(lower: DictConfig, upper: DictConfig) -> DictConfig:
 
 
 def _overlay(lower: DictConfig, upper: DictConfig) -> DictConfig:
-    """Put a mapping over another; a `model` or `cluster` that it names takes the place of the lower one."""
+    """Put a mapping over another; a group's file that it names takes the place of the lower one."""
     for group in GROUPS:
         chosen = upper.get(group)
         if isinstance(chosen, str):

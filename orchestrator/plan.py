@@ -106,7 +106,7 @@ def static_bytes(settings: RunSettings, layout: ParallelLayout) -> int:
     else:
         held = layers + embedding + shape.hidden_size
     held //= layout.tensor_parallel
-    resident, shared = (8, 8) if settings.training.precision == "fp32" else (6, 12)
+    resident, shared = (8, 8) if settings.precision.dtype == "fp32" else (6, 12)
     return int(held * (resident + shared / layout.weight_replicas))
 
 

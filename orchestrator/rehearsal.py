@@ -16,7 +16,7 @@ from orchestrator.checks import build_layout, settings_problems
 from orchestrator.errors import ConfigError
 from orchestrator.model_shape import TransformerShape, divisors
 from orchestrator.plan import make_plan
-from orchestrator.settings import ClusterSettings, LayoutSettings, RunSettings
+from orchestrator.settings import ClusterSettings, LayoutSettings, PrecisionSettings, RunSettings
 from orchestrator.units import format_bytes, format_count
 
 T = TypeVar("T")
@@ -98,6 +98,7 @@ def rehearsal_settings(
         checkpoint=dataclasses.replace(
             real.checkpoint, interval_steps=chosen("checkpoint.interval_steps", max(1, steps // 2))
         ),
+        precision=PrecisionSettings(dtype=real.precision.dtype),  # a CPU has no FP8; its kernels are not rehearsed
         cluster=place,
     )
     problems = settings_problems(settings)
@@ -216,7 +217,7 @@ def _facts(settings: RunSettings) -> dict[str, str]:
         "micro-batches": f"{layout.num_microbatches} a step",
         "batch ramp": ", ".join(str(each.global_batch_size) for each in settings.training.batch_ramp) or "none",
         "frozen": ", ".join(f"{each.what} for {each.steps:,} steps" for each in settings.training.frozen) or "nothing",
-        "precision": settings.training.precision,
+        "precision": settings.precision.label,
         "layers": f"{shape.num_layers}",
         "width": f"{shape.hidden_size}, {shape.num_attention_heads} heads in {shape.num_query_groups} groups",
         "vocabulary": f"{shape.vocab_size}",

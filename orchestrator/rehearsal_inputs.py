@@ -94,7 +94,7 @@ def _with_base(folder: Path, settings: RunSettings) -> RunSettings:
     if settings.base == RANDOM_BASE or _is_base(Path(settings.base), settings):
         return settings
     decisive = {"model": to_plain(settings.model), "seed": settings.training.seed}
-    decisive["precision"] = settings.training.precision
+    decisive["precision"] = settings.precision.dtype
     digits = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
     base = folder / f"base-{settings.model.num_layers}-layers-{digits}"
     if not _is_base(base, settings):
@@ -130,7 +130,7 @@ def _make_base(folder: Path, base: Path, digits: str, settings: RunSettings) -> 
             new,
             dataclasses.replace(settings.model, num_layers=fewer),
             seed=settings.training.seed,
-            precision=settings.training.precision,
+            precision=settings.precision.dtype,
             tokenizer=data / read_manifest(data).tokenizer_file,
         )
     written = ModelFolder.open(new)

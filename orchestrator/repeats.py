@@ -28,7 +28,7 @@ def noise(before: TrainingPlan, now: TrainingPlan) -> float | None:
         return None
     is_same_place = before.layout == now.layout and before.settings.cluster.device == now.settings.cluster.device
     is_exact = now.settings.cluster.device == "cpu" or now.settings.training.deterministic
-    return 0.0 if is_same_place and is_exact else NOISE[now.settings.training.precision]
+    return 0.0 if is_same_place and is_exact else NOISE[now.settings.precision.dtype]
 
 
 def _trained(plan: TrainingPlan) -> tuple[object, ...]:
@@ -36,7 +36,10 @@ def _trained(plan: TrainingPlan) -> tuple[object, ...]:
     settings = plan.settings
     data = dataclasses.replace(settings.data, index="", stage_to="", wait_alarm_share=1.0)
     numerics = dataclasses.replace(settings.numerics, max_hardware_events=0, replica_check_steps=0, rank_time_steps=0)
-    return settings.training, data, settings.model, numerics
+    precision = dataclasses.replace(
+        settings.precision, gap_check_steps=0, gap_alarm=0.0, ffn_input_steps=0, ffn_input_alarm=0.0
+    )
+    return settings.training, precision, data, settings.model, numerics
 
 
 class RecordedStep(NamedTuple):

@@ -173,7 +173,7 @@ def notes_on(prepared: Resumption) -> list[str]:
     decay = prepared.plan.settings.training.decay
     if "training.tokens" in changed and decay != "constant":
         notes.append(f"the {decay} decay is over the new number of steps, so that the rate changes at once")
-    if "training.precision" in changed:
+    if changed & {"precision.dtype", "precision.fp8"}:
         notes.append("the fp32 master weights and the optimizer are kept; from here on losses differ by rounding")
     if any(change.field == "data.phases" for change in prepared.changes):
         begins = [f"step {phase.first_step:,}" for phase in planned_phases(prepared.plan)[1:]]

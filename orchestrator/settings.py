@@ -126,7 +126,6 @@ class TrainingSettings:
     adam_eps: Recorded[float] = 1e-8
     gradient_clip: Recorded[float] = 1.0
     """Largest global gradient norm."""
-    precision: Recorded[Literal["fp32", "bf16"]] = "bf16"
     deterministic: Recorded[bool] = False
     """Deterministic kernels, so that a GPU gives the same bits again; slower there. A CPU gives them anyway."""
     seed: Fixed[int] = 1234
@@ -137,6 +136,38 @@ class TrainingSettings:
     validation_interval_steps: Free[int] = 500
     validation_samples: Recorded[int] = 512
     """Held-out sequences a validation reads, rounded up to whole passes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecisionSettings:
+    """In which numbers it is trained; conf/precision has the usual ones, and docs/precision.md says what each is."""
+
+    dtype: Recorded[Literal["fp32", "bf16"]] = "bf16"
+    """Of weights and activations. Master weights, moments and sums of gradients are fp32."""
+    fp8: Recorded[Literal["none", "tensorwise", "delayed", "blockwise", "mxfp8"]] = "none"
+    """How Transformer Engine scales the matrix products of the layers, of attention's own not, when they are in FP8."""
+    fp8_format: Recorded[Literal["hybrid", "e4m3"]] = "hybrid"
+    """`hybrid` has E4M3 forward and E5M2 for gradients."""
+    first_bf16_layers: Recorded[int] = 0
+    """So many first layers stay in bf16."""
+    last_bf16_layers: Recorded[int] = 0
+    amax_history: Recorded[int] = 1024
+    """With `delayed`: steps over which the largest value is looked for; megatron-core's own default of 1 is no history."""
+    amax_choice: Recorded[Literal["max", "most_recent"]] = "max"
+    """With `delayed`: what of that history scales."""
+    gap_check_steps: Free[int] = 500
+    """With FP8: how often the same held-out batch is computed in bf16 and in FP8; 0 is never."""
+    gap_alarm: Free[float] = 0.01
+    """Relative difference of these two losses that is told as an alarm."""
+    ffn_input_steps: Free[int] = 100
+    """How often the largest input of each layer's second FFN matrix is told; 0 is never."""
+    ffn_input_alarm: Free[float] = 10_000.0
+    """Largest input that is told as an alarm: outliers there precede the divergence of FP8 runs (arXiv 2409.12517)."""
+
+    @property
+    def label(self) -> str:
+        """What it is called: `fp32`, `bf16`, `fp8-tensorwise`."""
+        return self.dtype if self.fp8 == "none" else f"fp8-{self.fp8}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -376,6 +407,7 @@ class RunSettings:
     layout: LayoutSettings = LayoutSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     profile: ProfileSettings = ProfileSettings()
+    precision: PrecisionSettings = PrecisionSettings()
     numerics: NumericsSettings = NumericsSettings()
     cluster: ClusterSettings
     tracking: TrackingSettings = TrackingSettings()

@@ -39,7 +39,7 @@ SMALL = (
     "training.validation_samples=8",
     "training.validation_interval_steps=1000",
     "checkpoint.interval_steps=1000",
-    "training.precision=fp32",
+    "precision=fp32",
 )
 
 

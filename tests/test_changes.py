@@ -35,7 +35,7 @@ def test_a_field_without_a_rule_is_an_error() -> None:
         ("cluster.time_limit=4:00:00", "cluster.time_limit", Rule.FREE),
         ("checkpoint.interval_steps=7", "checkpoint.interval_steps", Rule.RECORDED),
         ("layout.micro_batch_size=2", "layout.micro_batch_size", Rule.RECORDED),
-        ("training.precision=bf16", "training.precision", Rule.RECORDED),
+        ("precision=bf16", "precision.dtype", Rule.RECORDED),
         ("tokens=900000", "training.tokens", Rule.RECORDED),
         ("cluster.environment={A: b, C: d}", "cluster.environment.C", Rule.RECORDED),
         ("data.train=elsewhere", "data.train", Rule.PHASE),

@@ -125,7 +125,7 @@ def test_the_export_of_a_run_in_bf16_has_the_logits_of_the_trained_model(
     trainer: Trainer, tmp_path: Path, tokenizer: Path
 ) -> None:
     base = upscaled_base(tmp_path, tokenizer)
-    run, plan = trainer.make_run(*shape_overrides(base), f"base={base}", "training.precision=bf16", steps=2)
+    run, plan = trainer.make_run(*shape_overrides(base), f"base={base}", "precision=bf16", steps=2)
     trainer.train(run, plan)
     folder = exported(run, tmp_path / "trained", step=2)
     assert ModelFolder.open(folder).dtype == torch.bfloat16

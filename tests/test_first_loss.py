@@ -94,7 +94,7 @@ def make_run(trainer: Trainer, base: Path, *overrides: str) -> tuple[RunDirector
             ("cluster.ranks_per_node=2", "layout.micro_batch_size=2"), [0, 1, 2, 0], id="more-places-than-sequences"
         ),
         pytest.param(
-            ("layout.tensor_parallel=2", "cluster.ranks_per_node=2", "training.precision=bf16"), [0, 1, 2], id="bf16"
+            ("layout.tensor_parallel=2", "cluster.ranks_per_node=2", "precision=bf16"), [0, 1, 2], id="bf16"
         ),
     ],
 )

@@ -34,7 +34,7 @@ from tests.conftest import Trainer, events_of, losses, relative_difference
 
 STEPS, FROZEN = 6, 3
 EVERY_STEP = ("checkpoint.interval_steps=1", "checkpoint.keep_last=99", "checkpoint.asynchronous=false")
-DP2 = ("cluster.ranks_per_node=2", "model.tie_embeddings=false", "training.precision=bf16")
+DP2 = ("cluster.ranks_per_node=2", "model.tie_embeddings=false", "precision=bf16")
 ONE_RANK_TIED = ("model.tie_embeddings=true", "training.decay_embeddings=false")
 TP2_PP2_TIED = (
     *ONE_RANK_TIED,

@@ -191,9 +191,10 @@ def peak_bytes(*overrides: str) -> int:
         compose("demo-base", [*SMALL, "data.train=unused", "data.validation=[]", "model.num_layers=8",
                               "model.vocab_size=64", "training.tokens=1000", *overrides])
     )  # fmt: skip
-    length = plan.settings.data.sequence_length
-    config = compat.transformer_config(plan.settings.model, plan.layout, plan.settings.training, "cpu")
-    chunk = compat.build_chunk(plan.settings.model, config, length, "cpu", None).train()
+    settings = plan.settings
+    length = settings.data.sequence_length
+    config = compat.transformer_config(settings.model, plan.layout, settings.training, settings.precision, "cpu")
+    chunk = compat.build_chunk(settings.model, config, length, "cpu", None).train()
     tokens_BS = torch.arange(length).unsqueeze(0)
     with SavedActivations(chunk.parameters()) as saved:
         chunk(tokens_BS, tokens_BS, None, labels=tokens_BS).mean().backward()

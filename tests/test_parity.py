@@ -92,7 +92,7 @@ def reference(folder: Path, tokens_MBS: Tensor) -> Reference:
 
 def training_settings() -> TrainingSettings:
     """Return settings of AdamW whose eps keeps gradients near zero from being blown up to whole steps."""
-    return TrainingSettings(tokens=1, precision="fp32", learning_rate=1e-3, weight_decay=0.1, adam_eps=1e-5)
+    return TrainingSettings(tokens=1, learning_rate=1e-3, weight_decay=0.1, adam_eps=1e-5)
 
 
 @pytest.fixture(scope="module")

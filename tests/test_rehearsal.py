@@ -77,7 +77,7 @@ def test_solar_on_32_nodes_is_rehearsed_at_its_layout(
     shape, cluster = rehearsal.model, rehearsal.cluster
     assert (shape.num_layers, shape.num_attention_heads, shape.num_query_groups) == (4, 8, 2)  # SOLAR: 32 in 8
     assert (cluster.name, cluster.device, cluster.nodes, cluster.spare_nodes) == ("sandbox", "cpu", 32, 1)
-    assert (rehearsal.training.precision, rehearsal.training.learning_rate) == ("bf16", 3e-5)
+    assert (rehearsal.precision.dtype, rehearsal.training.learning_rate) == ("bf16", 3e-5)
     assert rehearsal.checkpoint.interval_steps == 5
     assert rehearsal.name == "solar-10.7b-rehearsal"
 
@@ -166,7 +166,7 @@ def test_what_was_given_on_the_command_line_stays() -> None:
         "layout.global_batch_size": "512",
         "checkpoint.interval_steps": "3",
         "training.validation_samples": "7",
-        "training.precision": "fp32",
+        "precision": "fp32",
         "cluster.time_limit": "0:20:00",
         "cluster.environment.SEEN": "yes",
         "cluster.partition": "h100-long",
@@ -186,7 +186,7 @@ def test_what_was_given_on_the_command_line_stays() -> None:
     assert rehearsal.layout.global_batch_size == 512
     assert rehearsal.checkpoint.interval_steps == 3
     assert rehearsal.training.validation_samples == 7
-    assert rehearsal.training.precision == "fp32"
+    assert rehearsal.precision.dtype == "fp32"
     assert rehearsal.cluster.time_limit == "0:20:00"
     assert rehearsal.cluster.environment == {**SANDBOX.environment, "SEEN": "yes"}
     # A partition of the real site is none of the sandbox; the steps and the name have words of their own.

@@ -38,7 +38,7 @@ LAYOUTS = [
         ("cluster.ranks_per_node=2", "layout.tensor_parallel=2", "layout.sequence_parallel=true"), id="TP2-SP"
     ),
     pytest.param(("cluster.ranks_per_node=2",), id="DP2"),
-    pytest.param(("cluster.ranks_per_node=2", "training.precision=bf16"), id="DP2-bf16"),
+    pytest.param(("cluster.ranks_per_node=2", "precision=bf16"), id="DP2-bf16"),
     pytest.param(
         ("cluster.ranks_per_node=2", "layout.pipeline_parallel=2", "layout.virtual_pipeline_parallel=2"), id="PP2-VPP2"
     ),

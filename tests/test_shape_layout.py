@@ -159,7 +159,7 @@ def test_a_layout_says_what_it_is() -> None:
         # bf16 at TP 2, DP 128: half of 10.73 G parameters at 6 + 12/128 bytes.
         ((), 10_731_524_096 / 2 * (6 + 12 / 128) / 1e9),
         # fp32, one rank of everything: weight, gradient and two moments, 16 bytes a parameter.
-        (("cluster=local", "layout.tensor_parallel=1", "training.precision=fp32"), 10_731_524_096 * 16 / 1e9),
+        (("cluster=local", "layout.tensor_parallel=1", "precision=fp32"), 10_731_524_096 * 16 / 1e9),
         # CP 4: the same, over the 128 ranks of DP 32 and CP 4.
         (("layout.context_parallel=4",), 10_731_524_096 / 2 * (6 + 12 / 128) / 1e9),
         # PP 4: a quarter of the layers, one of the two embeddings, the last norm.

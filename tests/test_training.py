@@ -54,7 +54,7 @@ def test_twenty_steps_at_a_layout_have_the_losses_of_one_rank(
 
 
 def test_bf16_follows_fp32_within_its_rounding(trainer: Trainer, one_rank: tuple[list[float], list[float]]) -> None:
-    run, plan = trainer.make_run("training.precision=bf16", steps=STEPS)
+    run, plan = trainer.make_run("precision=bf16", steps=STEPS)
     attempt = trainer.train(run, plan)
     difference = relative_difference(losses(attempt), one_rank[0])
     print(f"bf16: largest relative difference {difference:.1e}")

@@ -75,7 +75,7 @@ def show_plan(plan: "TrainingPlan") -> None:
         ("cluster", f"{cluster.name}: {place}"),
         ("layout", layout.describe()),
         ("batch", f"{batch} of {layout.micro_batch_size} a pipeline"),
-        ("steps", f"{plan.total_steps:,} for {format_count(plan.total_tokens)} tokens, {training.precision}"),
+        ("steps", f"{plan.total_steps:,} for {format_count(plan.total_tokens)} tokens, {plan.settings.precision.label}"),
         ("FLOPs", f"{flops} a token, forward and backward, causal half of the attention"),
         ("memory", memory),
         ("checkpoint", checkpoints),
