@@ -152,7 +152,7 @@ class PrecisionSettings:
     """So many first layers stay in bf16."""
     last_bf16_layers: Recorded[int] = 0
     amax_history: Recorded[int] = 1024
-    """With `delayed`: steps over which the largest value is looked for; megatron-core's own default of 1 is no history."""
+    """With `delayed`: steps over which the largest value is looked for; megatron-core's default of 1 is no history."""
     amax_choice: Recorded[Literal["max", "most_recent"]] = "max"
     """With `delayed`: what of that history scales."""
     gap_check_steps: Free[int] = 500

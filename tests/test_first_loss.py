@@ -93,9 +93,7 @@ def make_run(trainer: Trainer, base: Path, *overrides: str) -> tuple[RunDirector
         pytest.param(
             ("cluster.ranks_per_node=2", "layout.micro_batch_size=2"), [0, 1, 2, 0], id="more-places-than-sequences"
         ),
-        pytest.param(
-            ("layout.tensor_parallel=2", "cluster.ranks_per_node=2", "precision=bf16"), [0, 1, 2], id="bf16"
-        ),
+        pytest.param(("layout.tensor_parallel=2", "cluster.ranks_per_node=2", "precision=bf16"), [0, 1, 2], id="bf16"),
     ],
 )
 def test_a_start_computes_the_recorded_loss_at_any_layout(

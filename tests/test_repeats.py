@@ -22,7 +22,7 @@ def with_(**changes: dict[str, object]) -> TrainingPlan:
 
 
 GPU = {"device": "cuda"}
-BF16_ON_GPU = with_(cluster=GPU, training={"precision": "bf16"})
+BF16_ON_GPU = with_(cluster=GPU, precision={"dtype": "bf16"})
 EXACT_ON_GPU = with_(cluster=GPU, training={"deterministic": True})
 
 

@@ -43,7 +43,7 @@ def show_plan(plan: "TrainingPlan") -> None:
     from orchestrator.units import format_bytes, format_count, format_duration
 
     settings, layout = plan.settings, plan.layout
-    cluster, training, shape = settings.cluster, settings.training, settings.model
+    cluster, training, shape, precision = settings.cluster, settings.training, settings.model, settings.precision
     memory = f"{format_bytes(plan.static_bytes_per_rank)} of weights, gradients and optimizer on the fullest rank"
     if cluster.gpu_memory_gb is not None:
         memory += f", of {cluster.gpu_memory_gb:.1f} GB; activations are not counted"
@@ -75,7 +75,7 @@ def show_plan(plan: "TrainingPlan") -> None:
         ("cluster", f"{cluster.name}: {place}"),
         ("layout", layout.describe()),
         ("batch", f"{batch} of {layout.micro_batch_size} a pipeline"),
-        ("steps", f"{plan.total_steps:,} for {format_count(plan.total_tokens)} tokens, {plan.settings.precision.label}"),
+        ("steps", f"{plan.total_steps:,} for {format_count(plan.total_tokens)} tokens, {precision.label}"),
         ("FLOPs", f"{flops} a token, forward and backward, causal half of the attention"),
         ("memory", memory),
         ("checkpoint", checkpoints),
