@@ -22,6 +22,7 @@ from orchestrator.slurm.ranks import Preload, Ranks, start_ranks
 from orchestrator.slurm.sandbox import Sandbox
 from orchestrator.slurm.scheduler import local_process
 from orchestrator.tokenize.stage import tokenize_corpus
+from tests.launched import put_store
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -186,6 +187,7 @@ def start(tmp_path: Path, corpus: Path) -> Iterator[Callable[..., RunDirectory]]
                 *overrides,
             ],
         )
+        put_store(Path(settings.paths.runs))
         run = launch(make_plan(settings), "a test")
         made.append(run)
         return run

@@ -1,7 +1,12 @@
 """Launched runs: started through Submitit's local executor, with real ranks, and followed from outside."""
 
+import functools
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
@@ -11,6 +16,23 @@ from orchestrator.run_directory import RunDirectory
 from orchestrator.status import RunStatus, read_status
 
 DEADLINE_SECONDS = 180
+
+
+def put_store(runs: Path) -> None:
+    """Put an empty tracking store where runs in a folder have theirs, since making one takes seconds each time."""
+    store = runs.parent / "mlflow.db"
+    if not store.exists():
+        store.parent.mkdir(parents=True, exist_ok=True)
+        store.write_bytes(_empty_store())
+
+
+@functools.cache
+def _empty_store() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mlflow.db"
+        code = "import sys; from orchestrator.tracking_store import make_store; make_store(sys.argv[1])"
+        subprocess.run([sys.executable, "-c", code, f"sqlite:///{path}"], check=True)
+        return path.read_bytes()
 
 
 def wait_for(what: str, condition: Callable[[], bool], run: RunDirectory) -> None:

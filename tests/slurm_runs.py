@@ -15,6 +15,7 @@ from orchestrator.plan import make_plan
 from orchestrator.run_directory import RunDirectory
 from orchestrator.slurm.sandbox import Sandbox
 from tests.conftest import SMALL
+from tests.launched import put_store
 
 # On a machine of one's own; .ci/run installs both, and counts a skipped test as a failure.
 needs_slurm = pytest.mark.skipif(
@@ -39,6 +40,7 @@ def launch_on(runs: Path, corpus: Path, *overrides: str) -> RunDirectory:
             "name=on-slurm", "cluster=sandbox", "cluster.nodes=2", "tokens=100000000", *overrides,
         ],
     )  # fmt: skip
+    put_store(runs)
     return launch(make_plan(settings), "a test")
 
 
