@@ -117,7 +117,7 @@ def fill(disk: Path, but_bytes: int) -> None:
 def test_a_disk_that_is_full_before_a_save_ends_the_run_with_its_cause_and_a_resume_goes_on(
     start: Start, small_disk: Path
 ) -> None:
-    run = start(f"paths.runs={small_disk / 'runs'}", "checkpoint.interval_steps=4", steps=40)
+    run = start(f"paths.runs={small_disk / 'runs'}", "checkpoint.interval_steps=4", steps=100)
     wait_for("a checkpoint", lambda: any(c.step >= 4 for c in complete_checkpoints(run)), run)
     fill(small_disk, but_bytes=2_000_000)
     status = wait_to_end(run)
