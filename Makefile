@@ -11,7 +11,7 @@ TORCH := torch==2.13.0
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults check soak wheel-check clean
+.PHONY: help demo test faults check soak wheel-check gpu-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -42,6 +42,14 @@ soak: $(SET_UP)  ## a run that meets a random chain of faults, as root; SOAK_ARG
 
 wheel-check: $(SET_UP)  ## build sdist and wheel, install them into a clean environment, and work there
 	$(VENV)/bin/python tests/wheel_check.py $(TORCH)
+
+# With another Python than .venv's: one that has a CUDA build of torch. What it lacks besides comes as wheels.
+GPU_PYTHON ?= python3
+gpu-check:  ## one Hopper GPU, offline, 8 minutes: WHEELS=FOLDER (docs/precision.md says which), GPU_PYTHON=python3
+	@test -z "$(WHEELS)" -o -n "$(wildcard $(WHEELS)/*.whl)" || { echo "WHEELS should name a folder with wheels, and there are none in '$(WHEELS)'; docs/precision.md says which" >&2; exit 2; }
+	@mkdir -p build && site=$$(mktemp -d "$(CURDIR)/build/gpu-check-XXXXXX") && trap 'rm -rf "$$site"' EXIT \
+	  && if test -n "$(WHEELS)"; then $(GPU_PYTHON) -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir --target "$$site" $(WHEELS)/*.whl; fi \
+	  && PYTHONPATH="$$site:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
 
 clean:  ## remove .venv, builds and caches
 	rm -rf $(VENV) build dist *.egg-info tokenize/*.so .mypy_cache .ruff_cache .pytest_cache

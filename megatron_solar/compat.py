@@ -22,6 +22,7 @@ import torch.distributed
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_solar.apex_choice import choose_apex, weight_gradient_fusion
 from megatron_solar.context_parallel import causal_mask, in_order_of_tokens, share_of_sequence
 from megatron_solar.prebuilt_index import check_prebuilt
 from megatron_solar.rope import inverse_frequencies
@@ -31,6 +32,9 @@ from megatron_solar.weights import PRECISION_DTYPES, padded_vocab_size, vocabula
 from orchestrator.layout import ParallelLayout
 from orchestrator.model_shape import TransformerShape
 from orchestrator.settings import PrecisionSettings, TrainingSettings
+
+HAS_WEIGHT_GRADIENT_KERNEL = choose_apex()  # before megatron, which takes whatever is called apex
+"""Whether Apex's kernel is here; nothing else of Apex is used."""
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # missing optional kernels and deprecations of torch, 20 lines a rank
@@ -228,8 +232,14 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=not on_cpu,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=_fusion(device) == "all",
         cross_entropy_loss_fusion=False,
+    )
+
+
+def _fusion(device: str) -> str:
+    return weight_gradient_fusion(
+        device, has_transformer_engine=has_transformer_engine(), has_kernel=HAS_WEIGHT_GRADIENT_KERNEL
     )
 
 
@@ -246,6 +256,13 @@ def _fp8_config(precision: PrecisionSettings) -> dict[str, Any]:
         "fp8_amax_history_len": precision.amax_history,
         "fp8_amax_compute_algo": precision.amax_choice,
     }
+
+
+def fp8_recipe(config: TransformerConfig) -> Any:
+    """Return the recipe that megatron hands to Transformer Engine for a configuration in FP8."""
+    from megatron.core.fp8_utils import get_fp8_recipe  # asks for Transformer Engine
+
+    return get_fp8_recipe(config)
 
 
 def build_chunk(
@@ -265,7 +282,7 @@ def build_chunk(
         if config.context_parallel_size > 1:
             layer.submodules.self_attention.submodules.core_attention = GatheringAttention
         layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
-        # Passed explicitly: with any package named apex megatron picks a norm that refuses RMSNorm.
+        # Passed explicitly: megatron's own choice is torch's, which refuses sequence parallelism.
         spec = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
     chunk = PaddedGPTModel(
         config=config,
@@ -279,6 +296,11 @@ def build_chunk(
         rotary_base=shape.rope_theta,
         vp_stage=virtual_stage,
     )
+    if _fusion(device) == "layers":
+        # Set where Transformer Engine's layers read it in each step; megatron's one option for all needs Apex.
+        for module in chunk.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
     chunk.real_columns = vocabulary_rows(shape.vocab_size, tensor_rank(), ranks)
     # megatron-core 0.16.1 scales by `factor` alone, with Llama 3.1's own values for the rest.
     chunk.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(chunk.rotary_pos_emb.inv_freq.device)
@@ -376,7 +398,7 @@ def build_optimizer(
     for part in _parts(optimizer):
         if isinstance(part.optimizer, _TORCH_ADAMS):
             _prefill(part.optimizer)
-        else:  # Transformer Engine's or Apex's, by megatron's own rule; never run yet
+        else:  # Transformer Engine's, by megatron's own rule; never run yet
             part.init_state_fn(part.optimizer, part.config)
     return optimizer
 

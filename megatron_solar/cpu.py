@@ -7,6 +7,7 @@ says when one is no longer needed.
 
 import contextlib
 import dataclasses
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -148,13 +149,31 @@ PATCHES = (
 
 
 @contextlib.contextmanager
+def _without_transformer_engine() -> Iterator[None]:
+    """Have no import find Transformer Engine: megatron takes its kernels for norms and Adam, which are CUDA's alone.
+
+    Where a site has it and no driver, or half of it, the import itself or the first step of a CPU rank would fail.
+    """
+    name = "transformer_engine"
+    is_hidden = name not in sys.modules
+    if is_hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # an import of it is an ImportError then
+    try:
+        yield
+    finally:
+        if is_hidden:
+            sys.modules.pop(name, None)
+
+
+@contextlib.contextmanager
 def cuda_calls_on_cpu(without: str | None = None) -> Iterator[None]:
-    """Replace the calls of `PATCHES` while the block runs.
+    """Replace the calls of `PATCHES` while the block runs, and hide Transformer Engine.
 
     Args:
         without: name of a patch to leave out, for the test that asks whether it is still needed.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_transformer_engine())
         for patch in PATCHES:
             if patch.name == without:
                 continue

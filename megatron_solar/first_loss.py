@@ -1,7 +1,8 @@
 """Compare what a run computes before its first step with what was recorded when its base was written.
 
-The same tokens go through the run's own ranks, layout, precision and kernels. A weight in the wrong place, another rope
-or a broken kernel shows here in seconds, and otherwise as a curve that is a little worse for weeks.
+The same tokens go through the run's own ranks, layout, precision and kernels, in bf16 where it trains in FP8. A weight
+in the wrong place, another rope or a broken kernel shows here in seconds, and otherwise as a curve that is a little
+worse for weeks.
 """
 
 import time
@@ -63,9 +64,9 @@ def check_first_loss(plan: TrainingPlan, replica: Replica, tell: Callable[[First
     raise ModelFolderError(
         f"before any step the base {base} should have a loss of {recorded:.5f} nats a token, as was recorded when it "
         f"was written; found {loss:.5f} on the same {tokens:,} tokens: a relative difference of "
-        f"{event.relative_difference:.1e}, of single tokens {event.token_difference:.1e}; allowed in {precision} are "
-        f"{limit:.0e} and {TOKEN_FACTOR * limit:.0e}. No step was taken; training.check_first_loss=false starts "
-        "nevertheless",
+        f"{event.relative_difference:.1e}, of single tokens {event.token_difference:.1e}; allowed in "
+        f"{precision.dtype} are {limit:.0e} and {TOKEN_FACTOR * limit:.0e}. No step was taken; "
+        "training.check_first_loss=false starts nevertheless",
         causes,
     )
 

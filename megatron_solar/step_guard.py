@@ -21,6 +21,7 @@ import torch.distributed
 from megatron_solar.checkpoint import CheckpointWriter
 from megatron_solar.data import Samples
 from megatron_solar.evidence import Blame, Evidence, RankEvidence, blame, is_same
+from megatron_solar.fp8_state import Scales, put_back, scales_of
 from megatron_solar.hang_watch import HangWatch, Phase
 from megatron_solar.one_step import StepResult, compute_step
 from megatron_solar.replica import Replica
@@ -71,6 +72,9 @@ class StepGuard:
         self._levels = new_levels(plan)
         self._evidence = Evidence(replica.chunks)
         self._noise = noise(plan, plan) or 0.0
+        self._has_scales = plan.settings.precision.fp8 == "delayed"
+        self._scales: Scales = []
+        """Of delayed scaling before the step, which are of the state that it is computed again from."""
         self._wrong: Counter[str] = Counter()
         """Steps that each host has computed wrongly."""
 
@@ -84,6 +88,8 @@ class StepGuard:
         """
         if step + 1 in self._levels:
             self._recent = Recent()
+        if self._has_scales:
+            self._scales = scales_of(self._replica.chunks)
         result = self._compute(step)
         doubt = suspicion(self._recent, result.loss, result.gradient_norm, self._plan.settings.numerics)
         if doubt is not None:
@@ -91,7 +97,18 @@ class StepGuard:
         if result.is_applied:
             window = self._plan.settings.numerics.window
             self._recent = self._recent.after(result.loss, result.gradient_norm, window)
+        else:
+            put_back(self._scales)  # an outlier that is not trained on would scale the next 1024 steps
         return result
+
+    def fill_histories(self, step: int) -> None:
+        """Compute the first step of an attempt for what delayed scaling learns of it alone; collective.
+
+        Histories are not in a checkpoint, and with the scales of 1 that modules begin with, gradients are cast to zero.
+        Never run on a GPU.
+        """
+        if self._has_scales:
+            self._compute(step)
 
     def at_save(self, step: int) -> Trajectory:
         """Return what a checkpoint of this step keeps of the steps before; it is the newest one from here on."""
@@ -104,6 +121,7 @@ class StepGuard:
     def _settle(self, step: int, result: StepResult, doubt: Suspicion) -> StepResult:
         """Compute a step in doubt again, and do what follows from both results."""
         first = self._evidence.told()
+        put_back(self._scales)
         again = self._compute(step)
         second = self._evidence.told()
         event = GuardEvent(

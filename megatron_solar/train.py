@@ -15,7 +15,11 @@ from megatron_solar import compat
 from megatron_solar.checkpoint import CheckpointWriter
 from megatron_solar.data import samples_of_run
 from megatron_solar.data_waits import DataWaits
+from megatron_solar.ffn_inputs import FfnInputs
 from megatron_solar.first_loss import check_first_loss
+from megatron_solar.fp8_gap import Fp8Gap
+from megatron_solar.fp8_proof import prove_fp8
+from megatron_solar.fp8_state import kept_scales, without_fp8
 from megatron_solar.hang_watch import HangWatch, Phase, connection_seconds
 from megatron_solar.profiling import StepTraces
 from megatron_solar.rank_times import RankTimes, hosts_of_ranks
@@ -48,7 +52,8 @@ def train(
     samples = samples_of_run(run, plan, functools.partial(watch.enter, Phase.START, None), tell)
     replica, loaded = build_or_load(run, plan, samples, tell)
     if loaded is None and settings.training.check_first_loss:
-        check_first_loss(plan, replica, tell)
+        with without_fp8(replica.chunks):  # its tolerance is that of bf16; and delayed scaling has no scales yet
+            check_first_loss(plan, replica, tell)
     step = loaded.step if loaded is not None else 0
     tell(
         StartEvent(
@@ -74,19 +79,25 @@ def train(
     guard = StepGuard(run, attempt, plan, replica, samples, writer, hosts, tell, watch, loaded)
     check_replicas = ReplicaCheck(plan, replica, hosts, tell)
     rank_times = RankTimes(plan, hosts, tell)
+    ffn_inputs = FfnInputs(plan, replica, tell)
+    gap = Fp8Gap(plan, replica, samples, tell)
     data_waits = DataWaits(tell)
     traces = StepTraces(plan, attempt, tell)
     repeats = RepeatedSteps(recorded_losses(earlier_attempts(run, attempt), plan, step), step, tell)
     if loaded is None:
         save(step, guard.at_save(step))  # before anything else, so that no later attempt reads the base again
-        held_out(step)
+        with without_fp8(replica.chunks):
+            held_out(step)
 
+    if step < plan.total_steps:
+        guard.fill_histories(step)
+    is_fp8_seen = False
     stop_reason = ""
     while step < plan.total_steps and not stop_reason:
         writer.check()
         traces.before(step + 1)
         step_started = time.monotonic()
-        with rank_times.measuring(step + 1):
+        with rank_times.measuring(step + 1), ffn_inputs.measuring(step + 1):
             result = guard.compute(step)
         stop_reason = result.stop_reason
         rate = learning_rate(settings.training, step + 1, plan.total_steps)
@@ -97,12 +108,20 @@ def train(
         tell(step_event(plan, replica, step, result, rate, time.monotonic() - step_started))
         repeats.compare(step, result.loss, is_skipped=not result.is_applied)
         data_waits.after(step, result, time.monotonic() - step_started)
+        is_first_in_fp8 = result.is_applied and not is_fp8_seen
+        if is_first_in_fp8:
+            prove_fp8(plan, replica, hosts, tell, step)
+            is_fp8_seen = True
+        if gap.is_due(step, is_first=is_first_in_fp8):
+            watch.enter(Phase.VALIDATION, step)
+            gap.measure(step)
         is_saving = step == plan.total_steps or bool(stop_reason) or step % settings.checkpoint.interval_steps == 0
         check_replicas(step, is_saving=is_saving)
 
         if step == plan.total_steps or step % settings.training.validation_interval_steps == 0:
             watch.enter(Phase.VALIDATION, step)
-            held_out(step)
+            with kept_scales(replica.chunks):
+                held_out(step)
         if is_saving:
             watch.enter(Phase.SAVE, step)
             save(step, guard.at_save(step))

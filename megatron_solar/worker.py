@@ -31,6 +31,7 @@ from orchestrator.errors import (
     ModelFolderError,
     NotFiniteError,
     NumericsError,
+    PrecisionError,
     SpikeError,
 )
 from orchestrator.files import is_full, read_json, write_json
@@ -46,6 +47,7 @@ NUMERICS_CODES: dict[type[NumericsError], int] = {
     HardwareError: exit_codes.HARDWARE,
     SpikeError: exit_codes.SPIKE,
     NotFiniteError: exit_codes.NOT_FINITE,
+    PrecisionError: exit_codes.PRECISION,
 }
 
 
@@ -94,7 +96,9 @@ def _run_rank(
     import torch
 
     from megatron_solar.cpu import cuda_calls_on_cpu
+    from megatron_solar.libraries import check_libraries
 
+    check_libraries(plan.settings)
     on_cpu = plan.settings.cluster.device == "cpu"
     if on_cpu:
         cluster = plan.settings.cluster

@@ -5,6 +5,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from orchestrator.fp8_rules import fp8_problems
+from orchestrator.gpu_environment import environment_problems
 from orchestrator.layout import ParallelLayout, splits_groups
 from orchestrator.model_shape import choose, divisors
 from orchestrator.schedule_checks import schedule_problems
@@ -36,14 +38,18 @@ def settings_problems(settings: RunSettings) -> list[str]:
     ]
     grid_problems = _grid_problems(settings)
     found += grid_problems
-    layout = None
+    layout, is_sound = None, False
     if not shape_problems and not grid_problems and settings.data.sequence_length > 0:
         layout = build_layout(settings)
         cluster = settings.cluster
         # Links between GPUs of a node are why tensor parallelism stays in one; between CPU ranks there are none.
         within = cluster.ranks_per_node if cluster.device == "cuda" else layout.world_size
-        found += layout.problems(settings.model, settings.data.sequence_length, within)
+        layout_problems = layout.problems(settings.model, settings.data.sequence_length, within)
+        found += layout_problems
         found += profile_problems(settings.profile, layout.world_size)
+        found += environment_problems(settings, layout)
+        is_sound = not layout_problems
+    found += fp8_problems(settings, layout if is_sound else None)
     found += schedule_problems(settings, layout)
     return found
 

@@ -9,7 +9,6 @@ and `amp_C`. A check never raises; what it needs is handed to it.
 import concurrent.futures
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
 import shutil
@@ -21,6 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.gpu_libraries import cuda_of_torch, installed_version, library_versions
+from orchestrator.library_pairs import INSTALL, REMOVE, pair_problems, pair_warnings
 from orchestrator.units import format_bytes
 
 PROBE_SECONDS = 120
@@ -28,6 +29,9 @@ COMMAND_SECONDS = 10
 SMALLEST_FREE_BYTES = 5e9
 """Below this the demo's data, checkpoints and exported model may not fit."""
 WIDTH = 100
+ENGINE = "Transformer Engine"
+KERNEL = "fused_weight_gradient_mlp_cuda"
+"""Of Apex, built with its CUDA extensions; the only part that is used."""
 
 State = Literal["ok", "missing", "broken"]
 
@@ -154,7 +158,7 @@ def check_megatron() -> Finding:
 def check_demo_packages() -> Finding:
     """What `orchestrate demo` needs besides: vocabulary, tokenizer, reader of the exported model."""
     wanted = ("sentencepiece", "mistral-common", "transformers", "safetensors", "matplotlib")
-    versions = {name: _version(name) for name in wanted}
+    versions = {name: installed_version(name) for name in wanted}
     absent = [name for name, version in versions.items() if version is None]
     if absent:
         return Finding(
@@ -251,7 +255,7 @@ def check_store(uri: str) -> Finding:
 
 def check_submitit() -> Finding:
     """Submitit: one private function of it is used, so that its version matters."""
-    version = _version("submitit")
+    version = installed_version("submitit")
     if version is None:
         return _not_importable("Submitit", "submitit", "not installed")
     _, problem = _probe("import submitit; submitit.LocalExecutor._submit_command; answer = True")
@@ -323,40 +327,38 @@ def check_gpus() -> Finding:
 
 
 def check_transformer_engine() -> Finding:
-    """Transformer Engine: absent, whole, or half-installed."""
+    """Transformer Engine: absent, whole, or half-installed; and whether its version belongs to the others'."""
     # Its core without the torch extension, or without CUDA, fails with other errors than ImportError.
-    version = _version("transformer-engine")
+    versions = library_versions(cuda_of_torch())
+    problems, warnings = pair_problems(versions), pair_warnings(versions)
+    found = versions.transformer_engine or "of unknown version"
     answer, problem = _probe("import transformer_engine.pytorch as te; answer = te.__name__")
-    if not problem and answer:
-        return Finding(name="Transformer Engine", state="ok", found=version or "of unknown version")
-    if version is None and _is_absent(problem, "transformer_engine"):
+    is_whole = not problem and bool(answer)
+    if is_whole and not problems:
+        return Finding(name=ENGINE, state="ok", found="; ".join([found, *warnings]))
+    if not is_whole and versions.transformer_engine is None and _is_absent(problem, "transformer_engine"):
         return Finding(
-            name="Transformer Engine",
+            name=ENGINE,
             state="missing",
             found="not installed; only FP8 and its fused kernels on GPUs need it",
-            remedy="on GPUs: pip install 'orchestrate[gpu]', then pip install --no-build-isolation "
-            "transformer-engine-torch==2.11.0",
+            remedy=f"on GPUs: {INSTALL}",
         )
     return Finding(
-        name="Transformer Engine",
+        name=ENGINE,
         state="broken",
-        found=f"{version or 'of unknown version'} cannot be imported: {problem}",
-        remedy="pip uninstall transformer-engine transformer-engine-cu13 transformer-engine-torch; on GPUs "
-        "install all of it again",
+        found=found if is_whole else f"{found} cannot be imported: {problem}",
+        remedy="; ".join(problems) or f"{REMOVE}; on GPUs then {INSTALL}",
     )
 
 
 def check_apex() -> Finding:
     """Apex: NVIDIA's, the unrelated package of the same name, or none."""
     answer, problem = _probe(
-        "import importlib.util as u, os; found = u.find_spec('apex')\n"
-        "answer = 'absent'\n"
-        "if found:\n"  # by its folder: looking for apex.optimizers would import the unrelated one
-        "    folders = [os.path.join(f, 'optimizers') for f in found.submodule_search_locations or []]\n"
-        "    is_nvidias = any(map(os.path.isdir, folders)) and u.find_spec('amp_C')\n"
-        "    answer = 'genuine' if is_nvidias else 'unrelated'\n"
+        "from orchestrator.gpu_libraries import apex_kind\n"
+        "answer = apex_kind()\n"
         "if answer == 'genuine':\n"
-        "    import torch, apex.optimizers, amp_C"
+        "    import torch, apex.optimizers, amp_C, importlib.util\n"
+        f"    answer = bool(importlib.util.find_spec('{KERNEL}'))"
     )
     if problem:
         return Finding(
@@ -374,15 +376,19 @@ def check_apex() -> Finding:
         )
     if answer == "absent":
         return Finding(name="Apex", state="missing", found="not installed; nothing here needs it")
-    return Finding(name="Apex", state="ok", found=f"NVIDIA's, {_version('apex') or 'of unknown version'}")
+    use = (
+        "the output layer's weight gradients on GPUs" if answer else "nothing, since it was built without CUDA kernels"
+    )
+    version = installed_version("apex") or "of unknown version"
+    return Finding(name="Apex", state="ok", found=f"NVIDIA's, {version}; used for {use}")
 
 
 def _not_importable(name: str, package: str, problem: str) -> Finding:
-    is_installed = _version(package) is not None
+    is_installed = installed_version(package) is not None
     return Finding(
         name=name,
         state="broken" if is_installed else "missing",
-        found=f"{_version(package)} cannot be imported: {problem}" if is_installed else "not installed",
+        found=f"{installed_version(package)} cannot be imported: {problem}" if is_installed else "not installed",
         remedy=f"install it again: pip install --force-reinstall {package}, in the version of pyproject.toml"
         if is_installed
         else "install this project's requirements: pip install orchestrate, or `make demo` in a clone",
@@ -428,13 +434,6 @@ def _answer(command: Sequence[str], seconds: float = COMMAND_SECONDS) -> tuple[b
         return True, result.stdout.strip()
     said = (result.stderr.strip() or result.stdout.strip()).splitlines()
     return False, said[-1][:300] if said else f"ended with {result.returncode}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _nearest_existing(path: Path) -> Path:

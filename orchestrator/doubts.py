@@ -1,8 +1,17 @@
 """What ranks told of numbers in doubt and of how long they compute, as sentences and counts. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from orchestrator.events import Event, GuardEvent, RankTimesEvent, ReplicaEvent, StartEvent
+from orchestrator.events import (
+    Event,
+    FfnInputsEvent,
+    Fp8GapEvent,
+    Fp8ProofEvent,
+    GuardEvent,
+    RankTimesEvent,
+    ReplicaEvent,
+    StartEvent,
+)
 from orchestrator.spikes import skipped_steps
 
 SLOW = 1.2
@@ -88,3 +97,25 @@ def slowest_rank(events: Sequence[Event]) -> tuple[str, str]:
         f"rank {newest.slowest_rank} on {newest.slowest_host} was the slowest in the last {count} samples, each time "
         f"beyond {SLOW} times the median: all others wait for it; look at its node"
     )
+
+
+def fp8_in_words(events: Sequence[Event]) -> str:
+    """Return what an attempt has seen of FP8: that it ran, and the newest gap to bf16; nothing where it saw none."""
+    proof = next((event for event in reversed(events) if isinstance(event, Fp8ProofEvent)), None)
+    gap = next((event for event in reversed(events) if isinstance(event, Fp8GapEvent)), None)
+    return "; ".join(event.message for event in (proof, gap) if event is not None)
+
+
+def alarms(events: Iterable[Event]) -> list[str]:
+    """Return the newest alarm of each kind about large inputs and the gap of FP8, and how many there were."""
+    samples: dict[type[FfnInputsEvent | Fp8GapEvent], list[FfnInputsEvent | Fp8GapEvent]] = {}
+    for event in events:
+        if isinstance(event, FfnInputsEvent | Fp8GapEvent):
+            samples.setdefault(type(event), []).append(event)
+    found = []
+    for of_kind in samples.values():
+        raised = [event for event in of_kind if event.is_alarm]
+        if raised:
+            first = f", first in step {raised[0].step:,}" if len(raised) > 1 else ""
+            found.append(f"{raised[-1].message}; passed in {len(raised)} of {len(of_kind)} samples{first}")
+    return found

@@ -9,7 +9,8 @@
     ├── NumericsError           1   numbers that are not as they should be
     │   ├── NotFiniteError          a batch gives no finite loss or gradients
     │   ├── SpikeError              a batch gives a loss or gradients far above those before
-    │   └── HardwareError           a rank computed wrongly
+    │   ├── HardwareError           a rank computed wrongly
+    │   └── PrecisionError          FP8 was asked for and did not run
     ├── DiskFullError           1   no space, quota or inodes for what has to be written
     ├── StorageError            1   the file system of a run does not answer
     ├── RunError                1   a run folder: taken, missing, in the wrong state
@@ -84,6 +85,10 @@ class HardwareError(NumericsError):
         self.ranks = tuple(ranks)
         self.hosts = tuple(hosts)
         super().__init__(message)
+
+
+class PrecisionError(NumericsError):
+    """A rank did not compute in the numbers that were asked for."""
 
 
 class DiskFullError(OrchestrateError):

@@ -301,6 +301,85 @@ class DataWaitEvent:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Fp8ProofEvent:
+    """After its first applied step every rank of an attempt has shown that FP8 ran where it was asked for."""
+
+    kind: ClassVar[str] = "fp8_proof"
+    time: float
+    step: int
+    precision: str
+    """As asked for: `fp8-tensorwise`."""
+    recipes: tuple[str, ...]
+    """As found in the modules: `Float8CurrentScaling HYBRID`."""
+    fp8_linears: int
+    """Linear parts of layers that ran in FP8, over all ranks."""
+    bf16_linears: int
+    """Those that should not and did not."""
+    ranks: int
+    seconds: float
+
+    @property
+    def message(self) -> str:
+        """Return it in a line."""
+        rest = f", {self.bf16_linears:,} stayed in bf16 as asked for" if self.bf16_linears else ""
+        return (
+            f"{self.fp8_linears:,} linear parts on {self.ranks:,} ranks ran in FP8 in step {self.step:,} "
+            f"({', '.join(self.recipes)}){rest}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fp8GapEvent:
+    """The same batch with the same weights, forward in bf16 and in FP8."""
+
+    kind: ClassVar[str] = "fp8_gap"
+    time: float
+    step: int
+    """The weights are those after it."""
+    bf16_loss: float
+    fp8_loss: float
+    relative_difference: float
+    """Absolute."""
+    alarm_level: float
+    is_alarm: bool
+    samples: int
+    seconds: float
+
+    @property
+    def message(self) -> str:
+        """Return it in a line."""
+        return (
+            f"after step {self.step:,} the same batch has loss {self.fp8_loss:.5f} in FP8 and {self.bf16_loss:.5f} in "
+            f"bf16: {self.relative_difference:.1e} apart, alarm at {self.alarm_level:.1e}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FfnInputsEvent:
+    """How large the inputs of the second FFN matrices were in a step, over all micro-batches and ranks."""
+
+    kind: ClassVar[str] = "ffn_inputs"
+    time: float
+    step: int
+    largest: float
+    """Magnitude; infinite where one was no number."""
+    layer: int
+    """Which has it, from 0."""
+    values: tuple[float, ...]
+    """Of every layer."""
+    alarm_level: float
+    is_alarm: bool
+
+    @property
+    def message(self) -> str:
+        """Return it in a line."""
+        return (
+            f"step {self.step:,}: the largest input of a second FFN matrix was {self.largest:,.4g}, in layer "
+            f"{self.layer}; alarm at {self.alarm_level:,.4g}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EndEvent:
     """The workers leave in good order."""
 
@@ -327,6 +406,9 @@ Event = (
     | ProfileEvent
     | StageEvent
     | DataWaitEvent
+    | Fp8ProofEvent
+    | Fp8GapEvent
+    | FfnInputsEvent
     | EndEvent
 )
 

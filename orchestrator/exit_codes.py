@@ -15,6 +15,7 @@ OUT_OF_MEMORY = 77
 SUPERSEDED = 78
 HARDWARE = 79
 SPIKE = 80
+PRECISION = 81
 
 
 class Cause(StrEnum):
@@ -41,6 +42,8 @@ class Cause(StrEnum):
     """The loss or the gradient norm rose at once, and the settings say to stop."""
     HARDWARE = "hardware"
     """A rank computed wrongly: the same step gave another result, or its weights are not those of its replicas."""
+    PRECISION = "precision"
+    """FP8 was asked for and did not run."""
     BAD_DATA = "bad_data"
     BAD_CONFIG = "bad_config"
     BAD_CHECKPOINT = "bad_checkpoint"
@@ -68,5 +71,6 @@ CAUSE_OF_CODE = {
     SUPERSEDED: Cause.SUPERSEDED,
     HARDWARE: Cause.HARDWARE,
     SPIKE: Cause.SPIKE,
+    PRECISION: Cause.PRECISION,
 }
 """SAVED_AND_LEFT is not here: its cause is the reason of the stop request."""

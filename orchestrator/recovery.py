@@ -48,6 +48,8 @@ _STOPS = {
     Cause.NOT_FINITE: "the loss is not finite; lower the rate or look at the data, then `orchestrate resume`",
     Cause.SPIKE: "the loss or the gradients rose at once; look at the data, or say in `numerics` what is to be done "
     "with such a batch, then `orchestrate resume`",
+    Cause.PRECISION: "FP8 was asked for and did not run; mend what is named, or `orchestrate resume` with "
+    "precision=bf16",
     Cause.BAD_DATA: "the data cannot be used; mend it, then `orchestrate resume`",
     Cause.BAD_CONFIG: "the configuration cannot be run; launch it anew with the value mended",
     Cause.BAD_CHECKPOINT: "no checkpoint could be loaded, and nothing else is trained in its place",

@@ -200,6 +200,17 @@ REMEDIES: Mapping[Cause, Remedy] = {
             "if no node is bad, something is not deterministic: see `training.deterministic`",
         ),
     ),
+    Cause.PRECISION: Remedy(
+        meaning="FP8 was asked for and did not run on every rank, or ran in layers that should be in bf16.",
+        by_itself="It stops before any step of the attempt is saved, and never goes on in bf16 by itself.",
+        lost="The first step of the attempt, whose result nobody asked for.",
+        actions=(
+            "read which rank and which module it was, what was wanted and what was found: `orchestrate why {run}`",
+            "mend the workers' environment: `docs/clusters.md` has the versions that belong together, then "
+            "`orchestrate resume {run}`",
+            "or go on in bf16 from the same weights: `orchestrate resume {run} precision=bf16`",
+        ),
+    ),
     Cause.BAD_DATA: Remedy(
         meaning="A data set is missing, damaged, or not the one that the run began with.",
         by_itself="It stops: nothing else is trained on in its place.",

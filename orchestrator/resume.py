@@ -11,6 +11,7 @@ from orchestrator.checks import settings_problems
 from orchestrator.config import recompose, to_yaml
 from orchestrator.errors import CheckpointError, ConfigError, DataError, RunError
 from orchestrator.files import file_mask, new_folder, read_json, write_atomic, write_json
+from orchestrator.fp8_rules import fp8_warnings
 from orchestrator.launch import check_disk, check_inputs
 from orchestrator.named_layers import with_layers_named
 from orchestrator.phases import planned_phases, what_differs
@@ -173,8 +174,12 @@ def notes_on(prepared: Resumption) -> list[str]:
     decay = prepared.plan.settings.training.decay
     if "training.tokens" in changed and decay != "constant":
         notes.append(f"the {decay} decay is over the new number of steps, so that the rate changes at once")
-    if changed & {"precision.dtype", "precision.fp8"}:
-        notes.append("the fp32 master weights and the optimizer are kept; from here on losses differ by rounding")
+    if any(field.startswith("precision.") for field in changed):
+        label = prepared.plan.settings.precision.label
+        notes.append(
+            f"the fp32 master weights and the optimizer are kept; from here on in {label}, losses differ by rounding"
+        )
+        notes += fp8_warnings(prepared.plan.settings, prepared.plan.layout)
     if any(change.field == "data.phases" for change in prepared.changes):
         begins = [f"step {phase.first_step:,}" for phase in planned_phases(prepared.plan)[1:]]
         notes.append(f"phases of the data begin with {', '.join(begins) or 'none but the first'}")

@@ -367,7 +367,7 @@ class ClusterSettings:
     worker_python: Recorded[str | None] = None
     """Interpreter of the workers; empty means the one that launched."""
     environment: Recorded[dict[str, str]] = dataclasses.field(default_factory=dict)
-    """Variables set for the workers."""
+    """Variables of the ranks. They count more than what a launch sets by itself; an empty value takes one away."""
     one_machine: Free[bool] = False
     """Whether all nodes are this machine, as in a sandbox, and see its disk."""
     fork_ranks: Recorded[bool] = False

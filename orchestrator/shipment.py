@@ -23,6 +23,8 @@ from orchestrator.errors import OrchestrateError, TrackingError
 from orchestrator.events import (
     CheckpointEvent,
     Event,
+    FfnInputsEvent,
+    Fp8GapEvent,
     GuardEvent,
     RankTimesEvent,
     SaveEvent,
@@ -63,6 +65,11 @@ SKIPPED_STEPS = "numerics/skipped_steps"
 SPIKE_SCORE = "numerics/spike_score"
 SLOWEST_RANK = "numerics/slowest_rank_over_median"
 """Of the seconds that ranks computed."""
+
+FP8_GAP = "numerics/fp8_gap"
+"""Relative difference of the losses of one batch in FP8 and in bf16."""
+LARGEST_FFN_INPUT = "numerics/largest_ffn_input"
+"""Of all layers' second FFN matrices."""
 
 RUN_ID_TAG = "orchestrate.run_id"
 
@@ -369,6 +376,10 @@ def _values_of(event: Event) -> dict[str, float]:
         return {SPIKE_SCORE: event.score} if event.score is not None else {}
     if isinstance(event, RankTimesEvent):
         return {SLOWEST_RANK: event.slowest_seconds / event.median_seconds if event.median_seconds else 1.0}
+    if isinstance(event, Fp8GapEvent):
+        return {FP8_GAP: event.relative_difference}
+    if isinstance(event, FfnInputsEvent):
+        return {LARGEST_FFN_INPUT: event.largest}
     return {}
 
 

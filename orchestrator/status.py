@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.attempt_record import attempt_record, last_heard
 from orchestrator.checkpoints import complete_checkpoints
-from orchestrator.doubts import in_words, skipped, slowest_rank
+from orchestrator.doubts import alarms, fp8_in_words, in_words, skipped, slowest_rank
 from orchestrator.events import (
     DamageEvent,
     DataWaitEvent,
@@ -98,6 +98,8 @@ class RunStatus:
     """Whose gradients the newest weights do not have; their samples count as consumed."""
     slowest_rank: str
     """Of the newest sample, in words; empty before the first."""
+    fp8: str
+    """What the newest attempt has seen of FP8, in words; empty where it is not asked for, or before the first step."""
     last_event: float | None
     """Unix time of the newest event of the ranks."""
     last_checkpoint: str | None
@@ -172,7 +174,9 @@ def read_status(run: RunDirectory) -> RunStatus:
         cause=str(standing.cause or ""),
         reason=standing.reason,
         next_command=standing.actions[0],
-        warnings=tuple(dict.fromkeys(warning for warning in [*map(_warning, events), slow] if warning)),
+        warnings=tuple(
+            dict.fromkeys(warning for warning in [*map(_warning, events), slow, *alarms(events)] if warning)
+        ),
         step=step,
         total_steps=plan.total_steps,
         attempts=len(attempts),
@@ -186,6 +190,7 @@ def read_status(run: RunDirectory) -> RunStatus:
         mfu=last.mfu if last else None,
         skipped_steps=skipped(told),
         slowest_rank=slowest,
+        fp8=fp8_in_words(told[-1] if told else []),
         last_event=events[-1].time if events else None,
         last_checkpoint=checkpoints[-1].name if checkpoints else None,
         last_checkpoint_step=checkpoints[-1].step if checkpoints else None,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.doubts import in_words
+from orchestrator.doubts import alarms, in_words
 from orchestrator.errors import OrchestrateError
 from orchestrator.events import DamageEvent, GuardEvent, RepeatEvent, ReplicaEvent, read_events
 from orchestrator.exit_codes import Cause
@@ -211,9 +211,11 @@ def _damage(path: Path) -> Iterator[str]:
 
 def _doubts(path: Path) -> Iterator[str]:
     """Yield what ranks found of numbers that were not as they should be."""
-    for _, event in read_events(path):
+    events = [event for _, event in read_events(path)]
+    for event in events:
         if isinstance(event, GuardEvent | ReplicaEvent):
             yield in_words(event)
+    yield from alarms(events)
 
 
 def blamed_first(failures: Sequence[Mapping[str, Any]], blamed: int | None) -> list[Mapping[str, Any]]:

@@ -19,7 +19,7 @@ from orchestrator.errors import OrchestrateError
 from orchestrator.plan import TrainingPlan, write_plan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory
 from orchestrator.slurm.job import OwnJob, end_step
-from orchestrator.slurm.site_profile import rank_command, srun_options, worker_variables
+from orchestrator.slurm.site_profile import rank_command, srun_options, unset_names, worker_variables
 from orchestrator.slurm.submission import code_environment
 
 PRELOAD_SECONDS = 180
@@ -261,6 +261,8 @@ def worker_python(plan: TrainingPlan) -> str:
 def rank_environment(run: RunDirectory, plan: TrainingPlan) -> dict[str, str]:
     """Return the workers' environment: the snapshot's code and the cluster's own variables."""
     environment = {**code_environment(run), **worker_variables(run, plan)}
+    for name in unset_names(plan):
+        environment.pop(name, None)
     if plan.settings.cluster.scheduler == "local":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
         environment["RES_OPTIONS"] = "timeout:1 attempts:1"  # look-ups of a host name that nobody knows stall

@@ -13,16 +13,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from orchestrator.checks import time_limit_seconds
+from orchestrator.gpu_environment import rank_variables, set_variables, unset_variables
 from orchestrator.plan import TrainingPlan
 from orchestrator.run_directory import RunDirectory
 from orchestrator.settings import RANDOM_BASE, ClusterSettings, RunSettings, SlurmSettings
-
-DETERMINISTIC = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # torch asks for it
-    "NCCL_ALGO": "Ring",  # sums in one order; megatron-core's deterministic mode asks for it
-    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # Transformer Engine's attention
-}
-"""For training.deterministic; never seen on a GPU."""
 
 
 def sbatch_options(plan: TrainingPlan, job_name: str, bad_nodes: Sequence[str] = ()) -> dict[str, object]:
@@ -122,6 +116,7 @@ def rank_command(run: RunDirectory, plan: TrainingPlan, words: Sequence[str]) ->
     if container.runtime == "none":
         return [*before, *words]
     variables = [f"{name}={value}" for name, value in worker_variables(run, plan).items()]
+    variables = [*(f"--unset={name}" for name in unset_names(plan)), *variables]
     if container.runtime == "apptainer":
         before += [
             *("apptainer", "exec"),
@@ -137,19 +132,21 @@ def rank_command(run: RunDirectory, plan: TrainingPlan, words: Sequence[str]) ->
 
 def worker_variables(run: RunDirectory, plan: TrainingPlan) -> dict[str, str]:
     """Return what a rank finds in its environment beside what the job inherited."""
-    cluster = plan.settings.cluster
     variables = {
         "PYTHONPATH": str(run.code),
         "PYTHONSAFEPATH": "1",
         "HF_HUB_OFFLINE": "1",  # hundreds of ranks never ask a hub; whatever they need is in the run
-        **cluster.environment,
+        **set_variables(rank_variables(plan.settings, plan.layout)),
     }
-    if plan.settings.training.deterministic:
-        variables |= DETERMINISTIC
-    if cluster.device == "cpu":
+    if plan.settings.cluster.device == "cpu":
         variables["OMP_NUM_THREADS"] = "1"  # a process that forks must have no threads
         variables["TORCH_GLOO_LAZY_INIT"] = "1"  # connections when they are needed, not every rank with every other
-    return variables
+    return {name: value for name, value in variables.items() if name not in unset_names(plan)}
+
+
+def unset_names(plan: TrainingPlan) -> list[str]:
+    """Return the variables that a rank must not have: those that the site's profile leaves empty."""
+    return unset_variables(rank_variables(plan.settings, plan.layout))
 
 
 def _processor_options(cluster: ClusterSettings) -> Mapping[str, object]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_solar import compat, data, one_step, step_guard, worker
+from megatron_solar import compat, data, libraries, one_step, step_guard, train, worker
+from tests.fp8_stand_ins import StandInLinear, StandInRecipe
 
 FILE = "fault.json"
 
@@ -133,4 +134,43 @@ def slow(fault: dict[str, Any]) -> None:
     _wrap_forward(burn)
 
 
-KINDS = {function.__name__: function for function in (wrong_output, wrong_gradient, bad_sample, flipped_weight, slow)}
+def unchecked_libraries(fault: dict[str, Any]) -> None:
+    """Begin without asking whether the libraries can do what is asked for."""
+    libraries.check_libraries = lambda settings: None
+
+
+def unproven_fp8(fault: dict[str, Any]) -> None:
+    """Train on although FP8 did not run: megatron computes in bf16 then, and the loop does all else as with FP8."""
+    unchecked_libraries(fault)
+    train.prove_fp8 = lambda *_: None
+
+
+def moving_scales(fault: dict[str, Any]) -> None:
+    """Have what a chunk gives depend on a history that each micro-batch moves, in a stand-in of delayed scaling."""
+    unproven_fp8(fault)
+    forward_step = one_step.forward_step
+
+    def forward(batches: Any, model: Any) -> Any:
+        if not hasattr(model.module, "stand_in"):
+            model.module.stand_in = StandInLinear(StandInRecipe("delayed"))
+        newest = model.module.stand_in.fp8_meta["scaling_fwd"].amax_history[0]
+        output, loss_function = forward_step(batches, model)
+        newest += 1
+        return output * (1 + 0.01 * float(newest[0])), loss_function
+
+    one_step.forward_step = forward
+
+
+KINDS = {
+    function.__name__: function
+    for function in (
+        wrong_output,
+        wrong_gradient,
+        bad_sample,
+        flipped_weight,
+        slow,
+        unchecked_libraries,
+        unproven_fp8,
+        moving_scales,
+    )
+}

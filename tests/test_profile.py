@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from benchmarks.loop_overhead import WARM_UP, compared, interval
 from orchestrator.commands.launch import command as launch_command
+from orchestrator.commands.logs import event_line
 from orchestrator.commands.status import show_status
 from orchestrator.config import compose, recompose
 from orchestrator.errors import ConfigError
@@ -51,6 +52,7 @@ def test_chosen_steps_of_chosen_ranks_are_traced_and_nothing_else_changes(
     assert {"step 2", "step 3"} <= names and not {"step 1", "step 4"} & names
     assert {"aten::mm", "Optimizer.step#Adam.step"} <= {name.replace("AdamW", "Adam") for name in names}
     (told,) = (event for event in events_of(attempt) if isinstance(event, ProfileEvent))
+    assert f"traces of steps {told.first_step} to {told.last_step} of {len(told.ranks)} ranks" in event_line(told)
     assert (told.first_step, told.last_step, tuple(told.ranks)) == (2, 3, (1,))
 
     status = read_status(run)

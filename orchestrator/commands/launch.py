@@ -3,6 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +15,9 @@ from orchestrator.commands.request import (
     requested_branch,
     requested_settings,
 )
+
+if TYPE_CHECKING:
+    from orchestrator.plan import TrainingPlan
 
 
 @click.command(name="launch", short_help="Start a run, or rehearse it.")
@@ -111,6 +115,7 @@ def command(
         notice("the base has no recorded loss to compare the first one with; `orchestrate upscale --evaluate TEXT` "
                "records one")  # fmt: skip
     if dry_run:
+        show_environment(plan)
         if plan.settings.cluster.scheduler == "slurm":
             from orchestrator.run_directory import RunDirectory
             from orchestrator.slurm.ranks import srun_line
@@ -135,3 +140,17 @@ def command(
 
         follow(run)
     print_next(f"orchestrate status {reference_to(run)}")
+
+
+def show_environment(plan: "TrainingPlan") -> None:
+    """Print the variables that the ranks get because of layout, precision and site, each with its reason."""
+    from orchestrator.gpu_environment import rank_variables
+    from orchestrator.screen import print_table
+
+    variables = rank_variables(plan.settings, plan.layout)
+    if variables:
+        click.echo()
+        print_table(
+            ("the ranks' environment", "value", "why"),
+            [(each.name, each.value or "(unset)", each.why) for each in variables],
+        )

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 import click
 
@@ -145,10 +145,17 @@ def event_line(event: "object") -> str:
         case e.StageEvent():
             what = (f"{event.files} files of shards are in {event.folder} on {event.host} after {event.seconds:.0f} s, "
                     f"{format_bytes(event.copied_bytes)} of {format_bytes(event.bytes)} copied")  # fmt: skip
-        case e.DataWaitEvent():
+        case e.DataWaitEvent() | e.Fp8ProofEvent() | e.Fp8GapEvent():
             what = event.message
+        case e.FfnInputsEvent():
+            what = event.message + (", which it passed" if event.is_alarm else "")
+        case e.ProfileEvent():
+            what = (f"step {event.step}  traces of steps {event.first_step} to {event.last_step} of "
+                    f"{len(event.ranks)} ranks are written, stood still for {event.write_seconds:.2f} s")  # fmt: skip
         case e.EndEvent():
             what = f"leaves after step {event.step}: {event.reason}"
+        case _:
+            assert_never(event)
     return f"{when}  {what}"
 
 

@@ -19,6 +19,7 @@ def command(recipe: str, overrides: tuple[str, ...], nodes: int | None, as_json:
     RECIPE is a name in conf/recipe or the path of a YAML file; OVERRIDES read section.field=value.
     Data and base are not looked at: `orchestrate launch` does.
     """
+    from orchestrator.fp8_rules import fp8_plan
     from orchestrator.plan import make_plan
     from orchestrator.schedule_table import schedule_rows
     from orchestrator.screen import print_json, print_next
@@ -26,7 +27,9 @@ def command(recipe: str, overrides: tuple[str, ...], nodes: int | None, as_json:
 
     plan = make_plan(requested_settings(recipe, overrides, nodes))
     if as_json:
-        print_json({**to_plain(plan), "schedule": to_plain(schedule_rows(plan))})
+        fp8 = fp8_plan(plan.settings, plan.layout)
+        shown = {**to_plain(plan), "schedule": to_plain(schedule_rows(plan))}
+        print_json({**shown, "fp8": to_plain(fp8)} if fp8 is not None else shown)
         return
     show_plan(plan)
     print_next(launch_command(recipe, overrides, nodes))
@@ -84,6 +87,7 @@ def show_plan(plan: "TrainingPlan") -> None:
     ]
     print_facts(settings.name, facts)
     _show_schedule(plan)
+    _show_fp8(plan)
     rows = []
     for mfu in MFU_SCENARIOS:
         seconds = plan.seconds_at(mfu)
@@ -93,7 +97,8 @@ def show_plan(plan: "TrainingPlan") -> None:
             speed = plan.total_tokens / seconds / layout.world_size
             rows.append((f"{mfu:.0%}", f"{speed:,.0f}", format_duration(seconds), f"{hours:,.0f}", cost))
     if rows:
-        print_table(("if MFU were", "tokens/s a GPU", "time", "GPU hours", "cost"), rows, right=(1, 2, 3, 4))
+        share = "if MFU were" if precision.fp8 == "none" else "if MFU of bf16 were"  # the peak is bf16's
+        print_table((share, "tokens/s a GPU", "time", "GPU hours", "cost"), rows, right=(1, 2, 3, 4))
 
 
 def _show_schedule(plan: "TrainingPlan") -> None:
@@ -116,6 +121,47 @@ def _show_schedule(plan: "TrainingPlan") -> None:
             )
         )
     print_table(("schedule", "steps", "tokens", "rate or sequences"), rows)
+
+
+def _show_fp8(plan: "TrainingPlan") -> None:
+    """Print what a rank multiplies in FP8, what stays in bf16, and what is doubtful; nothing without FP8."""
+    import math
+
+    from orchestrator.fp8_rules import fp8_plan
+    from orchestrator.screen import print_facts, print_table
+
+    fp8 = fp8_plan(plan.settings, plan.layout)
+    if fp8 is None:
+        return
+    rows = []
+    for part in fp8.parts:
+        common = math.gcd(part.tokens, part.outputs, part.inputs)
+        cast = f"shards of {part.gathered_from:,}" if part.gathered_from is not None else "all"
+        fits = "yes" if part.fits(fp8.recipe) else "no"
+        rows.append((part.name, *map(_count, (part.tokens, part.outputs, part.inputs, common)), cast, fits))
+    columns = ("FP8 on a rank", "tokens M", "outputs N", "inputs K", "all divide by", "tokens cast", "fits")
+    print_table(columns, rows, right=(1, 2, 3, 4))
+    needed = f"M, N and K multiples of {fp8.unit}"
+    if any(part.gathered_from is not None for part in fp8.parts):
+        needed += f", shards of tokens of {fp8.shard_unit}"
+    layers = plan.settings.model.num_layers
+    first, last = plan.settings.precision.first_bf16_layers, plan.settings.precision.last_bf16_layers
+    ends = [_layers(begin, count) for begin, count in ((0, first), (layers - last, last)) if count]
+    kept = f"{' and '.join(ends)} of 0 to {layers - 1}" if ends else "no whole layer"
+    facts = [
+        (f"{fp8.recipe} needs", needed),
+        ("in FP8", f"linear parts of {layers - len(fp8.bf16_layers)} of {layers} layers, forward and both gradients"),
+        ("in bf16", f"{kept}; everywhere embedding, attention's own products, norms and output layer"),
+    ]
+    print_facts("", [*facts, *(("warning", warning) for warning in fp8.warnings)])
+
+
+def _layers(first: int, count: int) -> str:
+    return f"layer {first}" if count == 1 else f"layers {first} to {first + count - 1}"
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
 
 
 def _with_note(folder: str) -> str:

@@ -217,6 +217,8 @@ def _numbers(status: "RunStatus") -> list[tuple[str, str]]:
         found.append(("skipped", f"the gradients of {status.skipped_steps:,} steps; their samples count as consumed"))
     if status.slowest_rank:
         found.append(("slowest", status.slowest_rank))
+    if status.fp8:
+        found.append(("FP8", status.fp8))
     return found
 
 

@@ -44,8 +44,8 @@ srun \
     PYTHONPATH=/shared/runs/solar/code \
     PYTHONSAFEPATH=1 \
     HF_HUB_OFFLINE=1 \
-    CUDA_DEVICE_MAX_CONNECTIONS=1 \
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+    NCCL_NVLS_ENABLE=0 \
     /usr/bin/python3 \
     -P \
     -m \
@@ -57,5 +57,5 @@ srun \
 PYTHONPATH=/shared/runs/solar/code
 PYTHONSAFEPATH=1
 HF_HUB_OFFLINE=1
-CUDA_DEVICE_MAX_CONNECTIONS=1
 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+NCCL_NVLS_ENABLE=0

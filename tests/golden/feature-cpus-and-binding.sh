@@ -47,3 +47,5 @@ srun \
 PYTHONPATH=/shared/runs/solar/code
 PYTHONSAFEPATH=1
 HF_HUB_OFFLINE=1
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+NCCL_NVLS_ENABLE=0

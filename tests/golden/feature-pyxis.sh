@@ -41,6 +41,8 @@ srun \
     PYTHONPATH=/shared/runs/solar/code \
     PYTHONSAFEPATH=1 \
     HF_HUB_OFFLINE=1 \
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+    NCCL_NVLS_ENABLE=0 \
     NCCL_IB_HCA=mlx5_0 \
     /usr/bin/python3 \
     -P \
@@ -53,4 +55,6 @@ srun \
 PYTHONPATH=/shared/runs/solar/code
 PYTHONSAFEPATH=1
 HF_HUB_OFFLINE=1
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+NCCL_NVLS_ENABLE=0
 NCCL_IB_HCA=mlx5_0
