@@ -1,6 +1,7 @@
 """Read where a run stands from its folder and the scheduler; MLflow is not asked."""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -287,7 +288,8 @@ def _attempt_status(
             found |= {"ended": last_heard(attempt), "saved_step": saved_step, "cause": Cause.SUPERVISOR_LOST}
     ledger = _recorded_ledger(found)
     if ledger is None and job:
-        safe = int(found.get("saved_step", steps[-1] if steps else 0))  # nothing is lost as long as it goes on
+        # As long as it goes on nothing is lost, neither of the steps here nor of those that it tells meanwhile.
+        safe = int(found.get("saved_step", sys.maxsize))
         record = attempt_record(run, attempt, saved_step=safe, ended=found.get("ended") or time.time())
         ledger = _recorded_ledger(record)
         found = {**record, **found}

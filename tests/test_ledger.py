@@ -34,7 +34,7 @@ from orchestrator.plan import make_plan, write_plan
 from orchestrator.reconcile import State
 from orchestrator.run_directory import AttemptDirectory, RunDirectory, create_run
 from orchestrator.slurm.scheduler import local_process
-from orchestrator.status import read_status
+from orchestrator.status import _attempt_status, read_status
 from orchestrator.values import to_plain
 from tests.launched import step_of, wait_for, wait_to_end
 
@@ -302,6 +302,15 @@ def test_an_attempts_time_begins_with_its_submission_or_with_the_end_of_the_one_
     resumed = add_attempt(run, 9050.0, process=3)
     checked = attempt_record(run, resumed, saved_step=2, ended=9100.0, checking=(9051.0, 9060.0))
     assert kinds(checked) == {"queued": 50, "starting": 41, "checking": 9}
+
+
+def test_a_step_that_is_told_while_the_status_is_read_is_not_lost(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    attempt = add_attempt(run, 1100.0, "start 1200 0, step 1300 1, step 1400 2")
+    before = [event for _, event in read_events(attempt.events)][:2]
+    found = _attempt_status(run, attempt, None, before, is_over=False, saved_step=0)
+    assert found.ledger is not None
+    assert (found.ledger.seconds["lost"], found.ledger.seconds["training"], found.ledger.tokens_lost) == (0, 200, 0)
 
 
 def test_an_outcome_without_a_ledger_is_still_read_and_one_with_it_is_believed(tmp_path: Path) -> None:

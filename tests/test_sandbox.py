@@ -1,5 +1,6 @@
 """A real Slurm of our own: up in a moment, for its owner only, dead nodes and all, and gone without a trace."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -154,7 +155,11 @@ def test_a_node_whose_slurmd_dies_keeps_what_runs_on_it_and_dies_with_it_later()
         node = psutil.Process(next(daemon for daemon in started.daemons if daemon.name == "n002").process)
 
         def running(*arguments: str) -> list[psutil.Process]:
-            return [child for child in node.children(recursive=True) if child.cmdline() == list(arguments)]
+            found = []
+            for child in node.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):  # gone, or a zombie, since it was listed
+                    found += [child] if child.cmdline() == list(arguments) else []
+            return found
 
         wait_until(lambda: bool(running("sleep", "600")) and bool(running("sleep", "601")))
         sandbox.kill_slurmd(started, "n002")
