@@ -24,7 +24,7 @@ demo: $(SET_UP)  ## set-up, then the whole path on this machine: about 5 minutes
 # Two at a time: they wait more than they compute. What a file shares is made once for it.
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-test: $(SET_UP)  ## set-up, then every test but the slow faults: about 25 minutes on two cores
+test: $(SET_UP)  ## set-up, then every test but the slow faults: about 27 minutes on two cores
 	$(PYTEST) -m "not fault" $(PYTEST_ARGS)
 	@echo
 	@echo "For your own work: $(VENV)/bin/orchestrate --help, or 'source $(VENV)/bin/activate' and then orchestrate."

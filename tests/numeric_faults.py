@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from megatron_solar import compat, data, libraries, one_step, step_guard, train, worker
-from tests.fp8_stand_ins import StandInLinear, StandInRecipe
 
 FILE = "fault.json"
 
@@ -147,6 +146,8 @@ def unproven_fp8(fault: dict[str, Any]) -> None:
 
 def moving_scales(fault: dict[str, Any]) -> None:
     """Have what a chunk gives depend on a history that each micro-batch moves, in a stand-in of delayed scaling."""
+    from tests.fp8_stand_ins import StandInLinear, StandInRecipe  # not at the top: a run's own copy has no tests
+
     unproven_fp8(fault)
     forward_step = one_step.forward_step
 
