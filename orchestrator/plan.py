@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from orchestrator.checks import build_layout
 from orchestrator.errors import OrchestrateError
@@ -115,6 +116,16 @@ def write_plan(path: Path, plan: TrainingPlan) -> None:
     write_json(path, to_plain(plan))
 
 
+def _renewed(record: Any) -> Any:
+    """Return a plan as this version writes it: up to 0.5 `precision.dtype` was `training.precision`."""
+    settings = record.get("settings", {}) if isinstance(record, dict) else {}
+    training = settings.get("training", {})
+    if "precision" not in training or "precision" in settings:
+        return record
+    kept = {field: value for field, value in training.items() if field != "precision"}
+    return record | {"settings": settings | {"training": kept, "precision": {"dtype": training["precision"]}}}
+
+
 def read_plan(path: Path) -> TrainingPlan:
     """Read a frozen plan.
 
@@ -122,7 +133,7 @@ def read_plan(path: Path) -> TrainingPlan:
         OrchestrateError: the file is none, or was written by another version.
     """
     problems: list[str] = []
-    plan = from_plain(TrainingPlan, read_json(path), "", problems)
+    plan = from_plain(TrainingPlan, _renewed(read_json(path)), "", problems)
     if plan is None:
         raise OrchestrateError(f"{path} is no plan of this version:", problems)
     return plan

@@ -73,6 +73,15 @@ def test_a_plan_written_before_head_sizes_and_rope_scaling_is_read(tmp_path: Pat
     assert read_plan(tmp_path / "old.json") == plan
 
 
+def test_the_precision_of_a_plan_of_version_0_5_is_read(tmp_path: Path) -> None:
+    plan = make_plan(compose("solar-10.7b", ["precision=fp32"]))
+    write_plan(tmp_path / "plan.json", plan)
+    plain = json.loads((tmp_path / "plan.json").read_text())
+    plain["settings"]["training"]["precision"] = plain["settings"].pop("precision")["dtype"]
+    (tmp_path / "old.json").write_text(json.dumps(plain))
+    assert read_plan(tmp_path / "old.json") == plan
+
+
 def test_rope_scaling_and_head_size_are_set_kept_in_plans_and_changed() -> None:
     mapping = "{rope_type: llama3, factor: 8.0, original_max_position_embeddings: 4096}"
     chosen = compose("solar-10.7b", [f"model.rope_scaling={mapping}", "model.head_dim=64"])
