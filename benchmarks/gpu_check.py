@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.gpu_check_report import Outcome, Result, agreement, aims, exit_code, report, summary, table
+from benchmarks.gpu_check_report import Outcome, Result, agreement, aims, exit_code, in_a_line, report, summary, table
 from benchmarks.gpu_check_sizes import FULL, PRECISIONS, REPOSITORY, TINY, precision_of
 from orchestrator.files import JsonLines, read_json_lines, write_json
 from orchestrator.values import to_plain
@@ -80,7 +80,7 @@ def _linear(device: str, folder: Path) -> Iterator[Found]:
             try:
                 found = gpu_check_linear.compare(product, precision, recipe_of(precision, device), device)
             except Exception as error:
-                found = [_in_a_line(error)], "", {}
+                found = [in_a_line(error)], "", {}
             yield ("linear", f"{name}, {part}", *found)
 
 
@@ -315,12 +315,8 @@ def outcomes(check: Check, device: str, folder: Path) -> Iterator[Result]:
     except Exception as error:
         said = traceback.format_exc()
         yield Result(
-            check=check.name, case="", outcome="failed", told=_in_a_line(error), figures={"traceback": said[-3000:]}
+            check=check.name, case="", outcome="failed", told=in_a_line(error), figures={"traceback": said[-3000:]}
         )
-
-
-def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
 
 
 def read_results(path: Path) -> list[Result]:

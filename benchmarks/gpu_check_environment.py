@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.gpu_check_report import in_a_line
 from benchmarks.gpu_check_sizes import FULL, PRECISIONS, TINY, precision_of, settings_of
 from orchestrator.packages import package_versions
 from orchestrator.plan import make_plan
@@ -40,19 +41,15 @@ def environment(device: str) -> Iterator[Found]:
         try:
             recipe = str(recipe_of(precision_of(name), "cuda"))
         except Exception as error:
-            yield "environment", f"recipe of {name}", [_in_a_line(error)], "", {}
+            yield "environment", f"recipe of {name}", [in_a_line(error, 300)], "", {}
         else:
             yield "environment", f"recipe of {name}", [], recipe.partition(", fp8_quant")[0], {"recipe": recipe}
     if has_gpu:
         try:
             found = _engine()
         except Exception as error:
-            found = [_in_a_line(error)], "", {}
+            found = [in_a_line(error, 300)], "", {}
         yield ("environment", "Transformer Engine", *found)
-
-
-def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _gpu() -> tuple[list[str], str, dict[str, object]]:

@@ -36,6 +36,11 @@ class Result:
     """Numbers, and lists of them, for programs; units are in their names."""
 
 
+def in_a_line(error: Exception, longest: int = 400) -> str:
+    """Return an error as a table shows it, of so many characters at most."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:longest]
+
+
 def exit_code(results: Sequence[Result], device: str) -> int:
     """Return 0 where all passed; what was not run counts as a failure unless the CPU was asked for."""
     outcomes = {result.outcome for result in results}

@@ -13,9 +13,8 @@ from typing import Literal
 
 import torch
 
-from orchestrator.gpu_libraries import apex_kind
+from orchestrator.gpu_libraries import WEIGHT_GRADIENT_KERNEL, apex_kind
 
-KERNEL = "fused_weight_gradient_mlp_cuda"
 HIDDEN = ("apex", "amp_C")
 
 
@@ -26,8 +25,8 @@ def choose_apex() -> bool:
     """
     # By torch's build, not by its devices: a look at those must not come before ranks are forked.
     is_usable = torch.version.cuda is not None and apex_kind() == "genuine"
-    has_kernel = is_usable and _can_import("amp_C") and _can_import(KERNEL)
-    for name in (*HIDDEN, *(() if has_kernel else (KERNEL,))):
+    has_kernel = is_usable and _can_import("amp_C") and _can_import(WEIGHT_GRADIENT_KERNEL)
+    for name in (*HIDDEN, *(() if has_kernel else (WEIGHT_GRADIENT_KERNEL,))):
         sys.modules[name] = None  # type: ignore[assignment]  # by which an import says that there is none
     return has_kernel
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.gpu_libraries import cuda_of_torch, installed_version, library_versions
+from orchestrator.gpu_libraries import WEIGHT_GRADIENT_KERNEL, cuda_of_torch, installed_version, library_versions
 from orchestrator.library_pairs import INSTALL, REMOVE, pair_problems, pair_warnings
 from orchestrator.units import format_bytes
 
@@ -30,8 +30,6 @@ SMALLEST_FREE_BYTES = 5e9
 """Below this the demo's data, checkpoints and exported model may not fit."""
 WIDTH = 100
 ENGINE = "Transformer Engine"
-KERNEL = "fused_weight_gradient_mlp_cuda"
-"""Of Apex, built with its CUDA extensions; the only part that is used."""
 
 State = Literal["ok", "missing", "broken"]
 
@@ -358,7 +356,7 @@ def check_apex() -> Finding:
         "answer = apex_kind()\n"
         "if answer == 'genuine':\n"
         "    import torch, apex.optimizers, amp_C, importlib.util\n"
-        f"    answer = bool(importlib.util.find_spec('{KERNEL}'))"
+        f"    answer = bool(importlib.util.find_spec('{WEIGHT_GRADIENT_KERNEL}'))"
     )
     if problem:
         return Finding(

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from orchestrator.layout import ParallelLayout
+from orchestrator.library_pairs import numbers
 from orchestrator.model_shape import TransformerShape, choose, divisors, multiples_near
 from orchestrator.settings import PrecisionSettings, RunSettings
 
@@ -185,14 +186,14 @@ def version_problems(precision: PrecisionSettings, transformer_engine: str, cuda
     if precision.fp8 == "none":
         return []
     found = []
-    has_tensorwise = _numbers(transformer_engine) >= _numbers(NEEDED_VERSIONS["tensorwise"][0])
+    has_tensorwise = numbers(transformer_engine) >= numbers(NEEDED_VERSIONS["tensorwise"][0])
     for name, version, needed in zip(
         ("Transformer Engine", "CUDA"), (transformer_engine, cuda), NEEDED_VERSIONS[precision.fp8], strict=True
     ):
-        have = _numbers(version)
+        have = numbers(version)
         if not have:
             found.append(f"precision.fp8={precision.fp8} needs {name}, found version {version!r}; docs/clusters.md")
-        elif have < _numbers(needed):
+        elif have < numbers(needed):
             instead = "precision=fp8-tensorwise or precision=bf16" if has_tensorwise else "precision=bf16"
             found.append(
                 f"precision.fp8={precision.fp8} needs {name} {needed} or later, found {version}; install that "
@@ -462,9 +463,3 @@ def _capability(gpu: str) -> float | None:
     """Return the compute capability of a GPU by its name, such as 'h100' or 'NVIDIA H100 SXM'."""
     known = [CAPABILITIES[word] for word in re.split(r"[^a-z0-9]+", gpu.lower()) if word in CAPABILITIES]
     return known[0] if known else None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version: '2.11.0.dev1+abc' as (2, 11, 0); none where it is no version."""
-    numbers = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(map(int, numbers[0].split("."))) if numbers else ()

@@ -12,6 +12,8 @@ from typing import Literal
 
 from orchestrator.library_pairs import LibraryVersions
 
+WEIGHT_GRADIENT_KERNEL = "fused_weight_gradient_mlp_cuda"
+"""Of Apex, built with its CUDA extensions; the only part that is used."""
 CORES = ("transformer-engine-cu12", "transformer-engine-cu13")
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import mistral_common
 import pytest
@@ -18,7 +19,7 @@ from orchestrator.launch import launch
 from orchestrator.plan import TrainingPlan, make_plan, read_plan, write_plan
 from orchestrator.run_directory import AttemptDirectory, RunDirectory, create_run
 from orchestrator.slurm import sandbox
-from orchestrator.slurm.ranks import Preload, Ranks, start_ranks
+from orchestrator.slurm.ranks import Preload, Ranks, rank_environment, rank_words, start_ranks
 from orchestrator.slurm.sandbox import Sandbox
 from orchestrator.slurm.scheduler import local_process
 from orchestrator.tokenize.stage import tokenize_corpus
@@ -134,6 +135,28 @@ class Trainer:
         codes = self.wait(run, attempt, ranks)
         assert set(codes) == {0}, attempt.rank_log(0).read_text()[-3000:]
         return attempt
+
+    def found_by_ranks(self, run: RunDirectory, plan: TrainingPlan, module: str, seconds: float) -> list[Any]:
+        """Run a module of the tests on every rank of a plan, and return what each saved as `found-RANK.pt`."""
+        import torch  # takes seconds, which most test files need not wait for
+
+        attempt = run.new_attempt()
+        arguments = [str(run.path), str(attempt.number)]
+        words = rank_words(run, plan, self.preload(run, plan), module, arguments)
+        ranks = []
+        for rank in range(plan.layout.world_size):
+            with attempt.rank_log(rank).open("wb") as log:
+                command = [*words, "--rank", str(rank)]
+                ranks.append(
+                    subprocess.Popen(command, env=rank_environment(run, plan), cwd=run.path, stdout=log, stderr=log)
+                )
+        try:
+            codes = [rank.wait(timeout=seconds) for rank in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+        assert set(codes) == {0}, "\n".join(attempt.rank_log(n).read_text()[-2000:] for n in range(len(ranks)))
+        return [torch.load(attempt.path / f"found-{number}.pt") for number in range(len(ranks))]
 
     def close(self) -> None:
         """End the preloaded process."""

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_solar.apex_choice import HIDDEN, KERNEL, choose_apex, weight_gradient_fusion
+from megatron_solar.apex_choice import HIDDEN, choose_apex, weight_gradient_fusion
+from orchestrator.gpu_libraries import WEIGHT_GRADIENT_KERNEL as KERNEL
 from orchestrator.gpu_libraries import apex_kind
 from orchestrator.plan import write_plan
 from orchestrator.run_directory import AttemptDirectory

@@ -6,7 +6,6 @@ model's: fp32 on the CPU, within what sums in another order make of them. FP8 it
 
 import dataclasses
 import math
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from orchestrator.doubts import alarms
 from orchestrator.events import FfnInputsEvent, StepEvent
 from orchestrator.plan import make_plan, write_plan
 from orchestrator.shipment import LARGEST_FFN_INPUT, _values_of
-from orchestrator.slurm.ranks import rank_environment, rank_words
 from orchestrator.status import read_status
 from tests.conftest import Trainer, events_of
 from tests.precision_ranks import EVERY, FACTOR
@@ -57,23 +55,7 @@ def found(request: pytest.FixtureRequest, trainer: Trainer, base: Path, tokens: 
     plan = make_plan(dataclasses.replace(plan.settings, base=str(base), model=ModelFolder.open(base).shape))
     write_plan(run.launched_plan, plan)
     torch.save(tokens, run.path / "tokens.pt")
-    attempt = run.new_attempt()
-    arguments = [str(run.path), str(attempt.number)]
-    words = rank_words(run, plan, trainer.preload(run, plan), "tests.precision_ranks", arguments)
-    ranks = []
-    for number in range(plan.layout.world_size):
-        with attempt.rank_log(number).open("wb") as log:
-            command = [*words, "--rank", str(number)]
-            ranks.append(
-                subprocess.Popen(command, env=rank_environment(run, plan), cwd=run.path, stdout=log, stderr=log)
-            )
-    try:
-        codes = [rank.wait(timeout=60) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert set(codes) == {0}, "\n".join(attempt.rank_log(n).read_text()[-2000:] for n in range(len(ranks)))
-    return [torch.load(attempt.path / f"found-{number}.pt") for number in range(len(ranks))]
+    return trainer.found_by_ranks(run, plan, "tests.precision_ranks", seconds=60)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ is far from uniform and rotary frequencies show.
 
 import dataclasses
 import json
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from megatron_solar.model_folder import ModelFolder
 from megatron_solar.upscale import upscale
 from orchestrator.checks import settings_problems
 from orchestrator.settings import TrainingSettings
-from orchestrator.slurm.ranks import rank_environment, rank_words
 from tests.conftest import Trainer
 from tests.parity_ranks import STEPS
 from tests.random_base import write_random_base
@@ -136,19 +134,7 @@ def start_layout(trainer: Trainer, tensor: int, pipeline: int, bases: Mapping[st
         assert settings_problems(dataclasses.replace(plan.settings, model=shape)) == []
     (run.path / "bases.json").write_text(json.dumps({name: str(base) for name, base in bases.items()}))
     torch.save(tokens, run.path / "tokens.pt")
-    attempt = run.new_attempt()
-    arguments = [str(run.path), str(attempt.number)]
-    words = rank_words(run, plan, trainer.preload(run, plan), "tests.parity_ranks", arguments)
-    ranks = []
-    for rank in range(plan.layout.world_size):
-        with attempt.rank_log(rank).open("wb") as log:
-            command = [*words, "--rank", str(rank)]
-            ranks.append(
-                subprocess.Popen(command, env=rank_environment(run, plan), cwd=run.path, stdout=log, stderr=log)
-            )
-    codes = [rank.wait(timeout=300) for rank in ranks]
-    assert set(codes) == {0}, "\n".join(attempt.rank_log(rank).read_text()[-2000:] for rank in range(len(ranks)))
-    return [torch.load(attempt.path / f"found-{rank}.pt") for rank in range(len(ranks))]
+    return trainer.found_by_ranks(run, plan, "tests.parity_ranks", seconds=300)
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS, ids=lambda size: str(size))
